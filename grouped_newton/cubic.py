@@ -1,0 +1,276 @@
+"""The global minimiser of the cubic model, by a definite pencil.
+
+  g = gbar (S,)     H = hbar (S, S), symmetric     d (S,) >= 0, D = diag(d)
+  kappa = lambda/2  r = ||D eta||                  mu = kappa r, M(mu) = H + mu D^2
+
+  m(eta) = -g^T eta + eta^T H eta / 2 + (lambda/6) ||D eta||^3
+
+eta minimises m iff M(mu) eta = g with M(mu) positive semi-definite. On the mu where
+M(mu) is positive definite kappa ||D M(mu)^-1 g|| - mu falls strictly, so it has at
+most one root there; without one (the hard case) mu is where M becomes singular, and
+a null vector completes eta.
+
+Why this algorithm. The entries of d may span twenty orders of magnitude and some may
+be zero, so forming D^-1 H D^-1 (an ordinary eigenproblem) lets the absolute error of
+the large entries destroy the small ones, and Newton's method over Cholesky factors
+bounces near the singular mu. Instead all scaling is by powers of two, which is exact;
+mu is bracketed by its exponent with Cholesky factors of a matrix with a unit-sized
+diagonal; and at sigma, at the top of the bracket, where M(sigma) is safely positive
+definite, the pencil (M(sigma), D^2) is diagonalised. A zero in d is then a zero
+eigenvalue gamma, no threshold. The root is measured from the pole, so that every
+denominator is a sum of non-negative terms, and bisected on the bits of a float.
+"""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class CubicStatus(enum.IntEnum):
+    """What :func:`solve_cubic` found.
+
+    ``SOLVED``: the minimiser, with M positive definite. ``HARD_CASE``: a minimiser
+    with M singular; the sign along its null vector is free. ``UNBOUNDED``: there is
+    no finite minimiser. ``NOT_FINITE``: the input has a NaN or an infinity.
+    """
+
+    SOLVED = 0
+    HARD_CASE = 1
+    UNBOUNDED = 2
+    NOT_FINITE = 3
+
+
+class CubicSolution(NamedTuple):
+    """The minimiser of the cubic model.
+
+    Attributes:
+      eta: rates, shape (S,); zero unless the status is SOLVED or HARD_CASE.
+      radius: ||D eta||, shape ().
+      status: an int32 with names in :class:`CubicStatus`, shape ().
+    """
+
+    eta: jax.Array
+    radius: jax.Array
+    status: jax.Array
+
+
+def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSolution:
+    """Solves ``eta = (hbar + (lambda/2) ||D eta|| D^2)^-1 gbar`` for the eta of largest norm.
+
+    Equivalently, the global minimiser of the cubic model::
+
+      m(eta) = -gbar^T eta + eta^T hbar eta / 2 + (lambda/6) ||D eta||^3,  D = diag(d)
+
+    It can be jitted and vmapped, and it is equivariant: scaling group s by a power
+    of two a_s (gbar_s by a_s, hbar_st by a_s a_t, d_s by a_s) scales eta_s by 1/a_s.
+
+    Args:
+      gbar: slopes, shape (S,).
+      hbar: curvatures, shape (S, S); its symmetric part counts.
+      d: scale of the cubic term per group, shape (S,), non-negative.
+      internal_damping: lambda >= 0, shape (). With lambda = 0 or d = 0 the
+        solution is ``hbar^-1 gbar``, and hbar must be positive definite.
+
+    Returns:
+      A :class:`CubicSolution` in the widest dtype of the input, at least float32.
+
+    Raises:
+      ValueError: if the shapes don't fit.
+      TypeError: for complex input.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> s = solve_cubic(jnp.ones(2), jnp.diag(jnp.array([2.0, -1.0])), jnp.ones(2), 1.0)
+      >>> CubicStatus(int(s.status)).name, s.eta.round(3).tolist()
+      ('SOLVED', [0.276, 1.601])
+
+    References:
+      Y. Nesterov and B. Polyak, Cubic regularization of Newton method and its
+      global performance, Mathematical Programming 108 (2006).
+      P. Wolinski, arXiv 2312.03885, for the anisotropic form.
+    """
+    gbar, hbar, d, lam = map(jnp.asarray, (gbar, hbar, d, internal_damping))
+    dtype = jnp.result_type(gbar, hbar, d, jnp.float32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError("solve_cubic takes real numbers, got complex ones")
+    S = gbar.size
+    if gbar.shape != (S,) or hbar.shape != (S, S) or d.shape != (S,) or lam.shape != ():
+        raise ValueError(
+            "solve_cubic takes gbar (S,), hbar (S, S), d (S,) and internal_damping (), got shapes"
+            f" {gbar.shape}, {hbar.shape}, {d.shape} and {lam.shape}"
+        )
+    g, H, d, lam = (x.astype(dtype) for x in (gbar, hbar, d, lam))
+    if S == 0:
+        return CubicSolution(g, jnp.zeros((), dtype), jnp.int32(CubicStatus.SOLVED))
+
+    H = H / 2 + H.T / 2
+    finite = jnp.all(jnp.isfinite(H)) & jnp.all(jnp.isfinite(g)) & jnp.all(jnp.isfinite(d)) & jnp.isfinite(lam)
+    g, d, lam = (jnp.where(finite, x, 0) for x in (g, jnp.abs(d), jnp.abs(lam)))
+    H = jnp.where(finite, H, jnp.eye(S, dtype=dtype))
+    # A group without any entry (an unused parameter) is solved apart: 1 * eta_s = 0.
+    unused = (g == 0) & (d == 0) & jnp.all(H == 0, axis=0)
+    H = H + jnp.diag(unused.astype(dtype))
+    # Without damping d must not enter, or an indefinite H would look like a hard case.
+    kappa = lam / 2
+    damped = kappa >= jnp.finfo(dtype).tiny
+    pencil_d, kappa = jnp.where(damped, d, 0), jnp.where(damped, kappa, 1)
+
+    j = _smallest_exponent(g, H, pencil_d, kappa)
+    eta, hard = _solve_in_bracket(g, H, pencil_d, kappa, j)
+    radius = _norm(d * eta)
+
+    bounded = (j <= _exponents(dtype)[1]) & jnp.all(jnp.isfinite(eta)) & jnp.isfinite(radius)
+    solved = jnp.where(hard, CubicStatus.HARD_CASE, CubicStatus.SOLVED)
+    status = jnp.where(finite, jnp.where(bounded, solved, CubicStatus.UNBOUNDED), CubicStatus.NOT_FINITE)
+    return CubicSolution(
+        jnp.where(finite & bounded, eta, 0), jnp.where(finite & bounded, radius, 0), status.astype(jnp.int32)
+    )
+
+
+def _exponents(dtype):
+    """Smallest and largest j with which mu = 4^j is tried; their number is a power of two less one."""
+    return (-64, 62) if jnp.finfo(dtype).bits == 32 else (-256, 254)
+
+
+def _scaled(g, H, d, j):
+    """T H T, T 2^j d and 2^-q T g with T = diag(2^-e), all of unit size at mu = 4^j; and e, q."""
+    nothing = -(1 << 20)
+    h_exponent = jnp.where(jnp.diag(H) == 0, nothing, -(-_exponent(jnp.diag(H)) // 2))
+    d_exponent = jnp.where(d == 0, nothing, _exponent(d) + j)
+    e = jnp.maximum(h_exponent, d_exponent)
+    e = jnp.where(e == nothing, 0, e)
+    q = jnp.max(jnp.where(g == 0, nothing, _exponent(g) - e))
+    q = jnp.where(q == nothing, 0, q)
+    return _ldexp(H, -e[:, None] - e[None, :]), _ldexp(d, j - e), _ldexp(g, -e - q), e, q
+
+
+def _smallest_exponent(g, H, d, kappa):
+    """The least j where M(4^j) is positive definite and kappa ||D eta(4^j)|| <= 4^j; one more than the last if none."""
+    S, eps = g.size, jnp.finfo(g.dtype).eps
+    first, last = _exponents(g.dtype)
+    k = _exponent(kappa)
+
+    def at_or_above_root(j):
+        H_j, d_j, g_j, _, q = _scaled(g, H, d, j)
+        L = lax.linalg.cholesky(H_j + jnp.diag(d_j * d_j), symmetrize_input=False)
+        x = _solve_transposed(L, _solve(L, g_j))
+        definite = jnp.all(jnp.diag(L) ** 2 > S * eps)  # False for a NaN
+        return definite & (_ldexp(_ldexp(kappa, -k) * _norm(d_j * x), k + q - 3 * j) <= 1)
+
+    def halve(_, bracket):
+        low, high = bracket
+        mid = (low + high) // 2
+        above = at_or_above_root(mid)
+        return jnp.where(above, low, mid + 1), jnp.where(above, mid, high)
+
+    steps = (last - first + 2).bit_length() - 1
+    _, j = lax.fori_loop(0, steps, halve, (jnp.int32(first), jnp.int32(last + 1)))
+    return j
+
+
+def _solve_in_bracket(g, H, d, kappa, j):
+    """eta, given that mu is in (0, 4^j]; and whether it is a hard case."""
+    S, eps = g.size, jnp.finfo(g.dtype).eps
+    # The pencil at sigma = 2 * 4^j: M(sigma) = L L^T, and D^2 sigma = B B^T in the coordinates of L.
+    H_j, d_j, g_j, e, q = _scaled(g, H, d, j)
+    sqrt_sigma_d = 2**0.5 * d_j
+    L = lax.linalg.cholesky(H_j + jnp.diag(sqrt_sigma_d * sqrt_sigma_d), symmetrize_input=False)
+    B = _solve(L, jnp.diag(sqrt_sigma_d))
+    gamma, Q = jnp.linalg.eigh(_dot(B, B.T))
+    gamma, Q = jnp.maximum(gamma[::-1], 0), Q[:, ::-1]
+    c = _dot(Q.T, _solve(L, g_j))
+
+    # mu = sigma (a + xi), a the pole. In these coordinates M(mu) is diag(p + xi gamma), all terms >= 0.
+    indefinite = gamma[0] > 1
+    a = jnp.where(indefinite, 1 - 1 / gamma[0], 0)
+    p = jnp.where(indefinite, (gamma[0] - gamma) / gamma[0], jnp.maximum(1 - gamma, 0))
+
+    # With beta = kappa sigma^(-3/2) 2^q and w = beta sqrt(gamma) c, the root of || w / (p + xi gamma) || = a + xi.
+    # w is at most of unit size; beta alone may be far out of range and is kept as fraction * 2^b.
+    fraction, b = _ldexp(kappa, -_exponent(kappa)) * 2**-1.5, _exponent(kappa) + q - 3 * j
+    root_gamma = jnp.sqrt(gamma)
+    w = _ldexp(fraction * root_gamma * c, b)
+    xi, below = _bisect(lambda xi: _norm(w / (p + xi * gamma)) > a + xi, g.dtype)
+    hard = indefinite & below
+
+    # Components near the pole are taken in units of w (z, of the size of a), all others in units of c.
+    denominator = p + xi * gamma
+    z = w / denominator
+    rest = jnp.sum(jnp.where(jnp.arange(S) > 0, z, 0) ** 2)
+    completing = jnp.where(c[0] < 0, -1, 1) * jnp.sqrt(jnp.maximum(a * a - rest, 0))
+    z = z.at[0].set(jnp.where(hard, completing, z[0]))
+    near_pole = jnp.where(indefinite, p <= S * eps, p == 0)
+    y_near = jnp.where(near_pole, z / jnp.where(near_pole, root_gamma, 1), 0)
+    y_far = jnp.where(near_pole, 0, c / jnp.where(near_pole, 1, denominator))
+
+    back = lambda y: _solve_transposed(L, _dot(Q, y))
+    return _ldexp(back(y_far), q - e) + _ldexp(back(y_near) / fraction, q - b - e), hard
+
+
+def _bisect(is_below_root, dtype):
+    """The largest positive float below the root, by bisection on its bits; and whether the root is below them all."""
+    bits_type = jnp.int32 if jnp.finfo(dtype).bits == 32 else jnp.int64
+    to_bits = lambda x: lax.bitcast_convert_type(jnp.asarray(x, dtype), bits_type)
+    to_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
+    low, high = to_bits(jnp.finfo(dtype).tiny), to_bits(1.0)
+
+    def halve(_, bracket):
+        low, high = bracket
+        mid = low + (high - low) // 2
+        below = is_below_root(to_float(mid))
+        return jnp.where(below, mid, low), jnp.where(below, high, mid)
+
+    steps = {32: 30, 64: 62}[jnp.finfo(dtype).bits]
+    found, _ = lax.fori_loop(0, steps, halve, (low, high))
+    return to_float(found), ~is_below_root(to_float(low))
+
+
+def _dot(A, x):
+    return jnp.matmul(A, x, precision=lax.Precision.HIGHEST)
+
+
+def _solve(L, x):
+    """L^-1 x."""
+    return jax.scipy.linalg.solve_triangular(L, x, lower=True)
+
+
+def _solve_transposed(L, x):
+    """L^-T x."""
+    return jax.scipy.linalg.solve_triangular(L, x, lower=True, trans=1)
+
+
+def _norm(x):
+    """||x|| without overflow or underflow of the squares."""
+    largest = jnp.max(jnp.abs(x))
+    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return safe * jnp.sqrt(jnp.sum((x / safe) ** 2))
+
+
+def _float_layout(dtype):
+    info = jnp.finfo(dtype)
+    bits_type = jnp.int32 if info.bits == 32 else jnp.int64
+    return info, bits_type
+
+
+def _exponent(x):
+    """The k with 2^(k-1) <= |x| < 2^k, as in frexp; least for zero and subnormal numbers."""
+    info, bits_type = _float_layout(x.dtype)
+    bits = lax.bitcast_convert_type(jnp.abs(x), bits_type)
+    return (bits >> info.nmant).astype(jnp.int32) + info.minexp
+
+
+def _ldexp(x, k):
+    """x 2^k, exact in the normal range; beyond it 0 or infinity."""
+    info, bits_type = _float_layout(x.dtype)
+
+    def power(k):
+        return lax.bitcast_convert_type((k - (info.minexp - 1)).astype(bits_type) << info.nmant, x.dtype)
+
+    k = jnp.asarray(k)
+    for _ in range(3):
+        part = jnp.clip(k, info.minexp, info.maxexp - 1)
+        x, k = x * power(part), k - part
+    return x

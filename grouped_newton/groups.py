@@ -1,0 +1,414 @@
+"""Groupings: which parameters share one learning rate.
+
+A *grouping* is what :func:`optax.partition` takes as ``param_labels``: a pytree
+(or a prefix) of hashable labels, or a callable from params to one. Leaves with
+equal labels form a group; leaves labelled :data:`FROZEN` have no group and get
+a zero update.
+
+Groups are numbered by the first leaf, in ``jax.tree.leaves`` order, that bears
+their label. A *path* is the tuple of a leaf's keys as words, without the last
+``value`` that Flax NNX shows at init and hides at update, so neither numbering
+nor regular expressions depend on it.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import itertools
+
+FROZEN = "grouped_newton.groups.FROZEN"
+"""Label of the leaves that get a zero update and belong to no group."""
+
+Grouping = Any  # a pytree (prefix) of labels, or a callable from params to one
+Path = tuple[str, ...]
+
+_WEIGHTS = frozenset({"kernel", "weight", "w", "embedding"})
+_BIASES = frozenset({"scale", "bias", "b"})
+_ROOT = "root"
+_REST = "rest"
+
+
+class Partition(NamedTuple):
+    """A grouping resolved on concrete params.
+
+    Attributes:
+      index: the group number of each leaf, in leaf order; -1 where frozen.
+      names: the label of each group, as a string.
+      paths: the path of each leaf, as ``a/b/c``.
+    """
+
+    index: tuple[int, ...]
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.names)
+
+    def members(self, group: int) -> tuple[int, ...]:
+        """Numbers of the leaves of a group."""
+        return tuple(i for i, g in enumerate(self.index) if g == group)
+
+    def sums(self, values: Sequence[jax.Array], dtype: Any) -> jax.Array:
+        """Adds one number per leaf up over each group: shape (S,)."""
+        totals = [jnp.zeros((), dtype) for _ in self.names]
+        for g, value in zip(self.index, values, strict=True):
+            if g >= 0:
+                totals[g] = totals[g] + value
+        return jnp.stack(totals) if totals else jnp.zeros((0,), dtype)
+
+    def scale(self, factors: jax.Array, tree: Any) -> Any:
+        """Multiplies each leaf by its group's factor, and a frozen one by zero.
+
+        The product is taken in the wider of the two dtypes and returned in the
+        leaf's own.
+        """
+
+        def scaled(g, leaf):
+            if g < 0:
+                return jnp.zeros_like(leaf)
+            return (factors[g] * leaf).astype(leaf.dtype)
+
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten([scaled(g, x) for g, x in zip(self.index, leaves, strict=True)])
+
+
+def resolve(groups: Grouping, params: Any) -> Partition:
+    """Numbers the groups of ``params``.
+
+    Args:
+      groups: a grouping.
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      The partition, with one entry per leaf of ``params``.
+
+    Raises:
+      ValueError: if the labels don't fit the params or all leaves are frozen.
+      TypeError: if a label isn't hashable, or a leaf with one isn't of a real
+        floating-point dtype.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = leaf_paths(params)
+    labels = _labels_of_leaves(groups(params) if callable(groups) else groups, paths)
+    numbers: dict[Hashable, int] = {}
+    index = []
+    for path, label, (_, leaf) in zip(paths, labels, flat, strict=True):
+        try:
+            frozen = label == FROZEN if isinstance(label, str) else False
+            hash(label)
+        except TypeError:
+            raise TypeError(
+                f"the label of parameter {_show(path)} is {label!r}, which is not hashable; labels are"
+                " strings, numbers or other hashable leaves"
+            ) from None
+        if frozen:
+            index.append(-1)
+            continue
+        _check_real(path, leaf)
+        index.append(numbers.setdefault(label, len(numbers)))
+    if flat and not numbers:
+        raise ValueError(
+            f"all {len(flat)} parameters are frozen, among them {_show(paths[0])}; give at least one a"
+            " label other than groups.FROZEN"
+        )
+    return Partition(tuple(index), tuple(map(str, numbers)), tuple(map(_show, paths)))
+
+
+def names(groups: Grouping, params: Any) -> tuple[str, ...]:
+    """The group names, in the order of a summary's rows.
+
+    Args:
+      groups: a grouping.
+      params: the parameters that it labels.
+
+    Returns:
+      One string per group, of length S.
+
+    Raises:
+      ValueError, TypeError: if the grouping doesn't fit the params.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"dense": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+      >>> names(per_tensor, params)
+      ('dense/b', 'dense/w')
+    """
+    return resolve(groups, params).names
+
+
+def leaf_paths(tree: Any) -> list[Path]:
+    """The path of every leaf, without the ``value`` that NNX adds to a variable's own."""
+    keys = [key for key, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    words = [tuple(jax.tree_util.keystr((k,), simple=True) for k in key) for key in keys]
+    children: dict[Path, set[str]] = {}
+    for path in words:
+        if path:
+            children.setdefault(path[:-1], set()).add(path[-1])
+
+    def is_variable(key, path):
+        # An attribute `value` without siblings is an nnx.Variable; a dict's key "value" is a name.
+        attribute = key and isinstance(key[-1], jax.tree_util.GetAttrKey)
+        return attribute and path[-1] == "value" and children[path[:-1]] == {"value"}
+
+    return [p[:-1] if is_variable(k, p) else p for k, p in zip(keys, words, strict=True)]
+
+
+def per_tensor(params: Any) -> Any:
+    """One group per leaf, the paper's choice.
+
+    Args:
+      params: the parameters.
+
+    Returns:
+      A label tree whose labels are the leaves' paths.
+
+    Example:
+      >>> per_tensor({"w": 1.0, "b": 0.0})
+      {'b': 'b', 'w': 'w'}
+    """
+    return _label_tree(params, [_show(path) for path in leaf_paths(params)])
+
+
+def single(params: Any) -> Any:
+    """One group for everything: a line search along the direction.
+
+    Args:
+      params: the parameters.
+
+    Returns:
+      A label tree with one label.
+
+    Example:
+      >>> single({"w": 1.0, "b": 0.0})
+      {'b': 'all', 'w': 'all'}
+    """
+    return jax.tree.map(lambda _: "all", params)
+
+
+def weights_and_biases(params: Any) -> Any:
+    """Weights, biases and everything else, told apart by the leaf's own name.
+
+    ``kernel``, ``weight``, ``w`` and ``embedding`` are weights; ``scale``,
+    ``bias`` and ``b`` are biases; other names form a third group.
+
+    Args:
+      params: the parameters.
+
+    Returns:
+      A label tree of ``"weights"``, ``"biases"`` and ``"others"``.
+
+    Example:
+      >>> weights_and_biases({"kernel": 1.0, "bias": 0.0, "temperature": 1.0})
+      {'bias': 'biases', 'kernel': 'weights', 'temperature': 'others'}
+    """
+
+    def kind(path):
+        name = path[-1] if path else ""
+        return "weights" if name in _WEIGHTS else "biases" if name in _BIASES else "others"
+
+    return _label_tree(params, [kind(path) for path in leaf_paths(params)])
+
+
+def per_module(*args: Any, max_groups: int = 16) -> Any:
+    """One group per module: a layer of an MLP, a block of a deep transformer.
+
+    A leaf's module is its path without its own name. Modules are cut to their
+    first k parts below what all of them share, for the largest k that leaves at
+    most ``max_groups`` groups. If k = 1 has more, neighbours in natural order
+    (``Dense_2`` before ``Dense_10``) are merged into ``max_groups`` blocks.
+
+    Args:
+      *args: the params; without them a grouping is returned, so that both
+        ``per_module`` and ``per_module(max_groups=8)`` are groupings.
+      max_groups: the largest number of groups, at least 1.
+
+    Returns:
+      A label tree, or a callable from params to one.
+
+    Raises:
+      ValueError: if ``max_groups`` is not a positive integer.
+      TypeError: if there is more than one positional argument.
+
+    Example:
+      >>> per_module({"hidden": {"w": 1.0, "b": 0.0}, "out": {"w": 1.0, "b": 0.0}})
+      {'hidden': {'b': 'hidden', 'w': 'hidden'}, 'out': {'b': 'out', 'w': 'out'}}
+    """
+    if len(args) > 1:
+        raise TypeError(f"per_module takes the params alone, got {len(args)} positional arguments")
+    if args and isinstance(args[0], int):  # per_module(8); a Python int is no parameter
+        args, max_groups = (), args[0]
+    _check_count("max_groups", max_groups)
+    if not args:
+        return functools.partial(per_module, max_groups=max_groups)
+    (params,) = args
+    modules = [path[:-1] for path in leaf_paths(params)]
+    shared = len(_common_prefix(modules))
+    depth = max((len(m) for m in modules), default=0)
+    cut: list[Path] = modules
+    for k in range(max(depth, shared + 1), shared, -1):
+        cut = [m[:k] for m in modules]
+        if len(set(cut)) <= max_groups:
+            break
+    blocks = _contiguous_blocks(sorted(set(cut), key=_natural), max_groups)
+    name_of = {m: _block_name(block) for block in blocks for m in block}
+    return _label_tree(params, [name_of[m] for m in cut])
+
+
+def by_path(patterns: Sequence[str] | Mapping[str, Hashable]) -> Callable[[Any], Any]:
+    """Groups by regular expressions on the leaf's path.
+
+    The first expression found (``re.search``) in ``a/b/c``, that is in
+    ``keystr(path, simple=True, separator="/")``, decides. What none matches is
+    one more group, called ``rest``.
+
+    Args:
+      patterns: expressions in order, each its own label, or a mapping from
+        expression to label; a label may be :data:`FROZEN`.
+
+    Returns:
+      A callable from params to a label tree.
+
+    Raises:
+      TypeError: if ``patterns`` is one string or holds something else than
+        strings.
+      ValueError: if an expression doesn't compile.
+
+    Example:
+      >>> grouping = by_path({"encoder": FROZEN, "bias$": "biases"})
+      >>> grouping({"encoder": {"w": 1.0}, "head": {"bias": 0.0, "w": 1.0}})["head"]
+      {'bias': 'biases', 'w': 'rest'}
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns must be a sequence or a mapping, got the string {patterns!r}; put it in a list")
+    table = dict(patterns) if isinstance(patterns, Mapping) else {p: p for p in patterns}
+    compiled = []
+    for pattern, label in table.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"each pattern must be a string, got {pattern!r}")
+        try:
+            compiled.append((re.compile(pattern), label))
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+
+    def label_params(params):
+        def label(path):
+            name = "/".join(path)
+            return next((lab for pattern, lab in compiled if pattern.search(name)), _REST)
+
+        return _label_tree(params, [label(path) for path in leaf_paths(params)])
+
+    return label_params
+
+
+def by_depth(n: int) -> Callable[[Any], Any]:
+    """``n`` contiguous blocks of leaves in natural path order, as even as can be.
+
+    Args:
+      n: the number of blocks, at least 1; with fewer leaves each is a group.
+
+    Returns:
+      A callable from params to a label tree.
+
+    Raises:
+      ValueError: if ``n`` is not a positive integer.
+
+    Example:
+      >>> by_depth(2)({"a": 1.0, "b": 2.0, "c": 3.0})
+      {'a': 'block 0', 'b': 'block 0', 'c': 'block 1'}
+    """
+    _check_count("n", n)
+
+    def label_params(params):
+        paths = leaf_paths(params)
+        order = sorted(range(len(paths)), key=lambda i: _natural(paths[i]))
+        block_of = {i: f"block {b}" for b, block in enumerate(_contiguous_blocks(order, n)) for i in block}
+        return _label_tree(params, [block_of[i] for i in range(len(paths))])
+
+    return label_params
+
+
+def _label_tree(params, labels):
+    return jax.tree.structure(params).unflatten(labels)
+
+
+def _labels_of_leaves(label_tree, paths):
+    """The label of every leaf: that of the label leaf whose path begins the leaf's own."""
+    label_leaves = jax.tree.leaves(label_tree)
+    table = dict(zip(leaf_paths(label_tree), label_leaves, strict=True))
+    used = set()
+    labels = []
+    for path in paths:
+        prefix = next((path[:k] for k in range(len(path), -1, -1) if path[:k] in table), None)
+        if prefix is None:
+            raise ValueError(
+                f"the label tree has no label for parameter {_show(path)}; its labels are at"
+                f" {_listing(table)}. Give a pytree of labels with the structure of the params or a"
+                " prefix of it, or a callable that makes one from the params"
+            )
+        used.add(prefix)
+        labels.append(table[prefix])
+    unused = [p for p in table if p not in used]
+    if unused and paths:
+        raise ValueError(
+            f"the label tree has a label at {_show(unused[0])}, where the params have no parameter; their"
+            f" parameters are at {_listing(paths)}. Drop that label, or give labels that fit this model"
+        )
+    return labels
+
+
+def _check_real(path, leaf):
+    dtype = getattr(leaf, "dtype", None)
+    dtype = jnp.result_type(leaf) if dtype is None else dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        return
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        fix = "hold its real and imaginary parts as two real arrays, or label it groups.FROZEN"
+    else:
+        fix = "label it groups.FROZEN or keep it out of the params"
+    raise TypeError(f"parameter {_show(path)} has dtype {dtype}, and a group needs real floating-point leaves; {fix}")
+
+
+def _check_count(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _common_prefix(paths):
+    first, last = (min(paths), max(paths)) if paths else ((), ())
+    k = 0
+    while k < min(len(first), len(last)) and first[k] == last[k]:
+        k += 1
+    return first[:k]
+
+
+def _contiguous_blocks(items, n):
+    """Splits a list into at most ``n`` non-empty contiguous blocks whose sizes differ by at most one."""
+    n = min(n, len(items))
+    bounds = [0]
+    for b in range(n):
+        bounds.append(bounds[-1] + len(items) // n + (b < len(items) % n))
+    return [items[i:j] for i, j in itertools.pairwise(bounds)]
+
+
+def _block_name(block):
+    ends = dict.fromkeys((block[0], block[-1]))
+    return "..".join("/".join(path) or _ROOT for path in ends)
+
+
+def _natural(path):
+    """Sort key in which numbers inside words compare as numbers."""
+    return [[(0, int(s), "") if s.isdecimal() else (1, 0, s) for s in re.split(r"(\d+)", word) if s] for word in path]
+
+
+def _show(path):
+    return "/".join(path) or _ROOT
+
+
+def _listing(paths, most=4):
+    shown = [_show(p) for p in list(paths)[:most]]
+    return ", ".join(shown) + (", …" if len(paths) > most else "")

@@ -1,0 +1,115 @@
+"""Rate rules: from an averaged summary and a damping to one rate per group.
+
+  gbar (S,), hbar (S, S), third (S,)   the averaged summary, third being |third|
+  d = |third|^(1/3)  (S,)              lam  the internal damping
+
+A rule is a function ``(summary, lam) -> CubicSolution``; anyone can write one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
+from grouped_newton.summary import Summary
+
+RateRule = Callable[[Summary, Any], CubicSolution]
+
+
+def cubic_rates() -> RateRule:
+    """The paper's rule: the global minimiser of the cubic model.
+
+    ::
+
+      eta = (hbar + (lambda/2) ||D eta|| D^2)^-1 gbar,  D = diag(|third|^(1/3))
+
+    Returns:
+      A rate rule, ``(summary, internal_damping) -> CubicSolution``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from grouped_newton import Summary
+      >>> one = jnp.ones(1)
+      >>> cubic_rates()(Summary(jnp.array(1.0), 3 * one, jnp.eye(1), 8 * one), 1.0).eta.tolist()
+      [0.75]
+
+    References:
+      P. Wolinski, arXiv 2312.03885, equation for eta*.
+    """
+    return lambda summary, lam: solve_cubic(summary.gbar, summary.hbar, _scale_of_cubic(summary), lam)
+
+
+def edge_rates(factor: float = 1.5) -> RateRule:
+    """Decoupled rates, scaled jointly to ``factor`` times the model's minimum along them.
+
+    The ratios of the rates come from the cubic model without the coupling
+    between groups, so that every group keeps moving; the common scale comes from
+    the whole model::
+
+      e     = minimiser of the cubic model with diag(hbar) for hbar, clipped at 0
+      alpha = argmin over alpha >= 0 of the cubic model with hbar at alpha e
+      eta   = factor * alpha * e
+
+    With D = 0 and factor 2 the quadratic model predicts no decrease at all: the
+    edge of stability. Factor 1 is the greedy step.
+
+    Args:
+      factor: in (0, 2), without unit; 1.5 by default.
+
+    Returns:
+      A rate rule, ``(summary, internal_damping) -> CubicSolution``. Its rates are
+      never negative. It is UNBOUNDED where the model falls for ever along e.
+
+    Raises:
+      ValueError: if ``factor`` isn't in (0, 2).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from grouped_newton import Summary
+      >>> hbar = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> quadratic = Summary(jnp.array(1.0), jnp.ones(2), hbar, jnp.zeros(2))
+      >>> edge_rates(factor=1.0)(quadratic, 1.0).eta.round(4).tolist()
+      [0.3333, 0.3333]
+    """
+    if not isinstance(factor, jax.core.Tracer) and not 0 < factor < 2:
+        raise ValueError(f"factor must be in (0, 2), got {factor!r}; 1 is the greedy step, 2 the edge of stability")
+
+    def rule(summary, lam):
+        gbar, hbar, d = summary.gbar, summary.hbar, _scale_of_cubic(summary)
+        shape = solve_cubic(gbar, jnp.diag(jnp.diag(hbar)), d, lam)
+        e = jnp.maximum(shape.eta, 0)
+        radius = jnp.linalg.norm(d * e)
+        # The model along the ray, stretched: its derivative at alpha is -a1 + a2 alpha + a3 alpha^2.
+        a1 = jnp.vdot(gbar, e, precision="highest")
+        a2 = jnp.vdot(e, jnp.matmul(hbar, e, precision="highest"), precision="highest") / factor
+        a3 = lam / 2 * radius**3 / factor**2
+        alpha, bounded = _positive_root(a1, a2, a3)
+        eta = alpha * e
+        numbers_fine = jnp.all(jnp.isfinite(hbar)) & (shape.status != CubicStatus.NOT_FINITE)
+        bounded = bounded & (shape.status != CubicStatus.UNBOUNDED) & jnp.all(jnp.isfinite(eta))
+        status = jnp.where(bounded, shape.status, CubicStatus.UNBOUNDED)
+        status = jnp.where(numbers_fine, status, CubicStatus.NOT_FINITE)
+        found = status < CubicStatus.UNBOUNDED
+        return CubicSolution(jnp.where(found, eta, 0), jnp.where(found, alpha * radius, 0), status.astype(jnp.int32))
+
+    return rule
+
+
+def _positive_root(a1, a2, a3):
+    """The root alpha > 0 of a1 = a2 alpha + a3 alpha^2 (a3 >= 0), 0 if a1 <= 0; and whether there is one."""
+    largest = jnp.maximum(jnp.maximum(jnp.abs(a1), jnp.abs(a2)), a3)
+    a1, a2, a3 = (a / jnp.where(largest > 0, largest, 1) for a in (a1, a2, a3))
+    descends = a1 > 0
+    bounded = ~descends | (a2 > 0) | (a3 > 0)
+    root = jnp.sqrt(jnp.maximum(a2 * a2 + 4 * a3 * a1, 0))
+    # Each form where nothing cancels.
+    from_below = 2 * a1 / jnp.where(a2 > 0, a2 + root, 1)
+    from_above = (root - a2) / jnp.where(a3 > 0, 2 * a3, 1)
+    alpha = jnp.where(a2 > 0, from_below, from_above)
+    return jnp.where(descends & bounded, alpha, 0), bounded
+
+
+def _scale_of_cubic(summary):
+    return jnp.cbrt(jnp.abs(summary.third))

@@ -1,0 +1,227 @@
+"""The summary of the loss along a direction: its definition by nested ``jax.jvp``.
+
+  theta       params, a pytree of P numbers; u the direction, alike; u_s: u on group s, zero elsewhere
+  phi(eta)  = L(theta - sum_s eta_s u_s), a function of S numbers
+  gbar_s    = <grad L, u>_s            = - d phi / d eta_s              (S,)
+  hbar_st   = u_s^T (hess L) u_t       =   d2 phi / d eta_s d eta_t     (S, S)
+  third_s   = (D^3 L)[u_s, u_s, u_s]   = - d3 phi / d eta_s^3           (S,)
+
+Row s of hbar, from its diagonal on, is one jvp along u_s of the gradient with
+respect to the groups s, s+1, ... only: where the order of groups follows that of
+the forward pass, nothing upstream of group s is differentiated. third_s is three
+jvps, nested, along u_s alone. Nothing of S x P numbers is ever formed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grouped_newton import groups as _groups
+
+METHODS = ("nested", "sweep")
+
+
+class Summary(NamedTuple):
+    """Derivatives of the loss along a direction, per group and between groups.
+
+    Attributes:
+      loss: the loss, shape ().
+      gbar: slopes <grad L, u>_s, shape (S,), in loss per rate.
+      hbar: curvatures u_s^T (hess L) u_t, shape (S, S), in loss per rate squared.
+      third: third derivatives (D^3 L)[u_s, u_s, u_s], shape (S,), in loss per
+        rate cubed; their absolute values in a running average.
+    """
+
+    loss: jax.Array
+    gbar: jax.Array
+    hbar: jax.Array
+    third: jax.Array
+
+
+def summarize(
+    value_fn: Callable[[Any], jax.Array],
+    params: Any,
+    direction: Any,
+    groups: _groups.Grouping = _groups.per_tensor,
+    *,
+    method: str = "nested",
+) -> Summary:
+    """Exact first, second and diagonal third derivatives along a direction, by group.
+
+    With phi(eta) = L(theta - sum_s eta_s u_s), at eta = 0::
+
+      gbar_s  = -d phi / d eta_s
+      hbar_st =  d2 phi / d eta_s d eta_t
+      third_s = -d3 phi / d eta_s^3
+
+    Args:
+      value_fn: the loss L, from params to one real number. It may close over a
+        batch, dropout keys or statistics.
+      params: theta, a pytree of real floating-point arrays; dtypes may differ.
+      direction: u, of the same structure and shapes, not negated: the gradient,
+        for plain descent. It is cast to the dtypes of the params.
+      groups: a grouping, see :mod:`grouped_newton.groups`.
+      method: ``"nested"``, the definition above.
+
+    Returns:
+      A :class:`Summary` in the widest dtype of the params, at least float32.
+
+    Raises:
+      ValueError: if params and direction don't match, ``value_fn`` doesn't
+        return a scalar, or the grouping doesn't fit.
+      TypeError: if ``value_fn`` returns something else than one real number.
+      NotImplementedError: for ``method="sweep"``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+      >>> loss = lambda p: jnp.sum(p["a"] ** 2) * p["b"]
+      >>> s = summarize(loss, params, jax.grad(loss)(params))
+      >>> s.gbar.tolist(), s.hbar.tolist()
+      ([180.0, 25.0], [[1080.0, 300.0], [300.0, 0.0]])
+
+    References:
+      P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
+      of Higher-Order Derivatives, arXiv 2312.03885.
+    """
+    if method == "sweep":
+        raise NotImplementedError('method="sweep" comes in a later version; use method="nested"')
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    partition = _groups.resolve(groups, params)
+    dtype = summary_dtype(params, partition)
+    theta, treedef = jax.tree.flatten(params)
+    theta = [x if g < 0 else jnp.asarray(x) for x, g in zip(theta, partition.index, strict=True)]
+    u = matching_leaves(direction, params, partition)
+    loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
+    return _nested(loss_of_leaves, theta, u, partition, dtype)
+
+
+def _nested(loss, theta, u, partition, dtype):
+    """The definition; ``loss`` is a function of the list of leaves."""
+
+    def restricted_to(leaves):
+        """The loss as a function of some leaves alone, and where it is taken."""
+
+        def restricted(values):
+            moved = dict(zip(leaves, values, strict=True))
+            return loss([moved.get(i, x) for i, x in enumerate(theta)])
+
+        return restricted, [theta[i] for i in leaves]
+
+    def inner_by_group(leaves, values):
+        """<v, u>_t for every group t, of a v that is zero outside ``leaves``."""
+        products = [jnp.zeros((), dtype)] * len(theta)
+        for i, v in zip(leaves, values, strict=True):
+            products[i] = inner(v, u[i], dtype)
+        return partition.sums(products, dtype)
+
+    value, gbar, rows, third = None, None, [], []
+    for s in range(partition.num_groups):
+        downstream = [i for i, g in enumerate(partition.index) if g >= s]
+        u_s = [u[i] if partition.index[i] == s else jnp.zeros_like(u[i]) for i in downstream]
+        f, x = restricted_to(downstream)
+        (value_s, gradient), (_, hessian_u_s) = jax.jvp(jax.value_and_grad(f), (x,), (u_s,))
+        if s == 0:
+            value, gbar = value_s, inner_by_group(downstream, gradient)
+        rows.append(inner_by_group(downstream, hessian_u_s))
+
+        own = partition.members(s)
+        f, x = restricted_to(own)
+        third.append(_third_derivative(f, x, [u[i] for i in own]))
+    if value is None:
+        return zeros(0, dtype)._replace(loss=loss(theta))
+    upper = jnp.stack(rows)
+    return Summary(value, gbar, upper + jnp.triu(upper, 1).T, jnp.stack(third))
+
+
+def _third_derivative(f, theta, u):
+    """(D^3 f)[u, u, u] at theta."""
+
+    def derivative(g):
+        return lambda x: jax.jvp(g, (x,), (u,))[1]
+
+    return derivative(derivative(derivative(f)))(theta)
+
+
+def running_average(average: Summary, new: Summary, decay: Any, count: Any) -> Summary:
+    """The bias-corrected exponential average of summaries, after ``count`` of them.
+
+    With w = (1 - decay) / (1 - decay^count), the same for gbar, hbar and |third|::
+
+      average <- (1 - w) average + w new
+
+    so the first is taken as it is, and decay 0 keeps the latest. ``third`` holds
+    |third|, ``loss`` the latest.
+
+    Args:
+      average: the average of the ``count - 1`` summaries before.
+      new: the summary to add.
+      decay: in [0, 1).
+      count: the number of summaries including ``new``, at least 1.
+
+    Returns:
+      The new average.
+    """
+    dtype = new.gbar.dtype
+    decay = jnp.asarray(decay, dtype)
+    w = (1 - decay) / (1 - decay ** jnp.asarray(count, dtype))
+    mix = lambda old, x: (1 - w) * old + w * x
+    new = new._replace(third=jnp.abs(new.third))
+    return jax.tree.map(mix, average, new)._replace(loss=new.loss)
+
+
+def zeros(num_groups: int, dtype: Any) -> Summary:
+    """A summary of zeros."""
+    z = lambda *shape: jnp.zeros(shape, dtype)
+    return Summary(z(), z(num_groups), z(num_groups, num_groups), z(num_groups))
+
+
+def inner(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """<a, b>, accumulated in ``dtype``; a sum of products is not subject to matmul precision."""
+    return jnp.sum(a.astype(dtype) * b.astype(dtype))
+
+
+def summary_dtype(params: Any, partition: _groups.Partition) -> np.dtype:
+    """The widest dtype of the parameters that have a group, at least float32."""
+    leaves = zip(jax.tree.leaves(params), partition.index, strict=True)
+    return jnp.result_type(jnp.float32, *(jnp.result_type(x) for x, g in leaves if g >= 0))
+
+
+def matching_leaves(direction: Any, params: Any, partition: _groups.Partition) -> list:
+    """The leaves of the direction, checked against the params and cast to their dtypes; frozen ones as they are."""
+    theta, u = jax.tree.leaves(params), jax.tree.leaves(direction)
+    if len(theta) != len(u):
+        raise ValueError(
+            f"the direction has {len(u)} arrays and the params have {len(theta)}; it must have their structure, as"
+            " gradients do"
+        )
+    matched = []
+    for path, g, p, d in zip(partition.paths, partition.index, theta, u, strict=True):
+        if g >= 0 and jnp.shape(p) != jnp.shape(d):
+            raise ValueError(
+                f"the direction has shape {jnp.shape(d)} at parameter {path}, which has shape {jnp.shape(p)};"
+                " it must have the shapes of the params, as gradients do"
+            )
+        matched.append(d if g < 0 else jnp.asarray(d).astype(jnp.result_type(p)))
+    return matched
+
+
+def real_scalar(value: Any, dtype: Any) -> jax.Array:
+    """The value of the loss in at least ``dtype``, or an error that says what came instead."""
+    if not jax.tree_util.all_leaves([value]):
+        raise TypeError(
+            f"value_fn must return the loss alone, one real number, got {jax.tree.structure(value)};"
+            " drop auxiliary outputs, as in value_fn=lambda params: loss_fn(params)[0]"
+        )
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise ValueError(
+            f"value_fn must return one real number, got an array of shape {value.shape}; take its mean or sum"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"value_fn must return a real floating-point number, got dtype {value.dtype}")
+    return value.astype(jnp.promote_types(value.dtype, dtype))

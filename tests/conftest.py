@@ -1,0 +1,19 @@
+import jax
+import pytest
+
+# A silent broadcast is how a bias becomes a matrix: raise, in the tests only.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "float64"])
+def precision(request):
+    """Runs a test in single and in double precision; gives eps."""
+    with jax.enable_x64(request.param):
+        yield 2.0**-52 if request.param else 2.0**-23
