@@ -84,8 +84,8 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
     Example:
       >>> import jax.numpy as jnp
       >>> s = solve_cubic(jnp.ones(2), jnp.diag(jnp.array([2.0, -1.0])), jnp.ones(2), 1.0)
-      >>> CubicStatus(int(s.status)).name, s.eta.round(3).tolist()
-      ('SOLVED', [0.276, 1.601])
+      >>> CubicStatus(int(s.status)).name, [f"{x:.3f}" for x in s.eta]
+      ('SOLVED', ['0.297', '2.719'])
 
     References:
       Y. Nesterov and B. Polyak, Cubic regularization of Newton method and its

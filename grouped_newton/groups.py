@@ -12,13 +12,13 @@ nor regular expressions depend on it.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import itertools
 
 FROZEN = "grouped_newton.groups.FROZEN"
 """Label of the leaves that get a zero update and belong to no group."""
