@@ -18,7 +18,9 @@ mu is bracketed by its exponent with Cholesky factors of a matrix with a unit-si
 diagonal; and at sigma, at the top of the bracket, where M(sigma) is safely positive
 definite, the pencil (M(sigma), D^2) is diagonalised. A zero in d is then a zero
 eigenvalue gamma, no threshold. The root is measured from the pole, so that every
-denominator is a sum of non-negative terms, and bisected on the bits of a float.
+denominator is a sum of non-negative terms, and bisected on the bits of a float. What
+the eigenvectors mix up by rounding, a group beside another that matters 1/eps times
+as much, is put right by a few Newton steps on the equation itself.
 """
 
 import enum
@@ -72,7 +74,8 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
       hbar: curvatures, shape (S, S); its symmetric part counts.
       d: scale of the cubic term per group, shape (S,), non-negative.
       internal_damping: lambda >= 0, shape (). With lambda = 0 or d = 0 the
-        solution is ``hbar^-1 gbar``, and hbar must be positive definite.
+        solution is ``hbar^-1 gbar``, and hbar must be positive definite. With
+        lambda < 0 there is no minimiser.
 
     Returns:
       A :class:`CubicSolution` in the widest dtype of the input, at least float32.
@@ -94,7 +97,7 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
     """
     gbar, hbar, d, lam = map(jnp.asarray, (gbar, hbar, d, internal_damping))
     dtype = jnp.result_type(gbar, hbar, d, jnp.float32)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
+    if any(jnp.iscomplexobj(x) for x in (gbar, hbar, d, lam)):
         raise TypeError("solve_cubic takes real numbers, got complex ones")
     S = gbar.size
     if gbar.shape != (S,) or hbar.shape != (S, S) or d.shape != (S,) or lam.shape != ():
@@ -108,7 +111,7 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
 
     H = H / 2 + H.T / 2
     finite = jnp.all(jnp.isfinite(H)) & jnp.all(jnp.isfinite(g)) & jnp.all(jnp.isfinite(d)) & jnp.isfinite(lam)
-    g, d, lam = (jnp.where(finite, x, 0) for x in (g, jnp.abs(d), jnp.abs(lam)))
+    g, d, lam = (jnp.where(finite, x, 0) for x in (g, jnp.abs(d), lam))
     H = jnp.where(finite, H, jnp.eye(S, dtype=dtype))
     # A group without any entry (an unused parameter) is solved apart: 1 * eta_s = 0.
     unused = (g == 0) & (d == 0) & jnp.all(H == 0, axis=0)
@@ -120,14 +123,18 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
 
     j = _smallest_exponent(g, H, pencil_d, kappa)
     eta, hard = _solve_in_bracket(g, H, pencil_d, kappa, j)
-    radius = _norm(d * eta)
+    eta = jnp.where(unused, 0, _refined(eta, g, H, pencil_d, kappa, j))
+    radius = norm(d * eta)
 
-    bounded = (j <= _exponents(dtype)[1]) & jnp.all(jnp.isfinite(eta)) & jnp.isfinite(radius)
+    bounded = (lam >= 0) & (j <= _exponents(dtype)[1]) & jnp.all(jnp.isfinite(eta)) & jnp.isfinite(radius)
     solved = jnp.where(hard, CubicStatus.HARD_CASE, CubicStatus.SOLVED)
     status = jnp.where(finite, jnp.where(bounded, solved, CubicStatus.UNBOUNDED), CubicStatus.NOT_FINITE)
     return CubicSolution(
         jnp.where(finite & bounded, eta, 0), jnp.where(finite & bounded, radius, 0), status.astype(jnp.int32)
     )
+
+
+_NOTHING = -(1 << 20)  # the exponent of zero
 
 
 def _exponents(dtype):
@@ -137,14 +144,18 @@ def _exponents(dtype):
 
 def _scaled(g, H, d, j):
     """T H T, T 2^j d and 2^-q T g with T = diag(2^-e), all of unit size at mu = 4^j; and e, q."""
-    nothing = -(1 << 20)
-    h_exponent = jnp.where(jnp.diag(H) == 0, nothing, -(-_exponent(jnp.diag(H)) // 2))
-    d_exponent = jnp.where(d == 0, nothing, _exponent(d) + j)
+    h_exponent = jnp.where(jnp.diag(H) == 0, _NOTHING, -(-_exponent(jnp.diag(H)) // 2))
+    d_exponent = jnp.where(d == 0, _NOTHING, _exponent(d) + j)
     e = jnp.maximum(h_exponent, d_exponent)
-    e = jnp.where(e == nothing, 0, e)
-    q = jnp.max(jnp.where(g == 0, nothing, _exponent(g) - e))
-    q = jnp.where(q == nothing, 0, q)
+    e = jnp.where(e == _NOTHING, 0, e)
+    q = _largest_exponent(g, -e)
     return _ldexp(H, -e[:, None] - e[None, :]), _ldexp(d, j - e), _ldexp(g, -e - q), e, q
+
+
+def _largest_exponent(x, shift):
+    """The largest exponent of the entries of x 2^shift, 0 if all are zero."""
+    k = jnp.max(jnp.where(x == 0, _NOTHING, _exponent(x) + shift))
+    return jnp.where(k == _NOTHING, 0, k)
 
 
 def _smallest_exponent(g, H, d, kappa):
@@ -158,7 +169,7 @@ def _smallest_exponent(g, H, d, kappa):
         L = lax.linalg.cholesky(H_j + jnp.diag(d_j * d_j), symmetrize_input=False)
         x = _solve_transposed(L, _solve(L, g_j))
         definite = jnp.all(jnp.diag(L) ** 2 > S * eps)  # False for a NaN
-        return definite & (_ldexp(_ldexp(kappa, -k) * _norm(d_j * x), k + q - 3 * j) <= 1)
+        return definite & (_ldexp(_ldexp(kappa, -k) * norm(d_j * x), k + q - 3 * j) <= 1)
 
     def halve(_, bracket):
         low, high = bracket
@@ -193,7 +204,7 @@ def _solve_in_bracket(g, H, d, kappa, j):
     fraction, b = _ldexp(kappa, -_exponent(kappa)) * 2**-1.5, _exponent(kappa) + q - 3 * j
     root_gamma = jnp.sqrt(gamma)
     w = _ldexp(fraction * root_gamma * c, b)
-    xi, below = _bisect(lambda xi: _norm(w / (p + xi * gamma)) > a + xi, g.dtype)
+    xi, below = _bisect(lambda xi: norm(w / (p + xi * gamma)) > a + xi, g.dtype)
     hard = indefinite & below
 
     # Components near the pole are taken in units of w (z, of the size of a), all others in units of c.
@@ -208,6 +219,30 @@ def _solve_in_bracket(g, H, d, kappa, j):
 
     back = lambda y: _solve_transposed(L, _dot(Q, y))
     return _ldexp(back(y_far), q - e) + _ldexp(back(y_near) / fraction, q - b - e), hard
+
+
+def _refined(eta, g, H, d, kappa, j):
+    """eta after Newton steps on M(kappa ||D eta||) eta = g, as many as halve the error of its worst row, 7 at most."""
+    # In x = T^-1 2^-k eta, of unit size, and with mu in units of 4^j.
+    H_j, d_j, g_j, e, q = _scaled(g, H, d, j)
+    k = _largest_exponent(eta, e)
+    x, g_k = _ldexp(eta, e - k), _ldexp(g_j, q - k)
+
+    def step(state):
+        n, best, allowed, x, _ = state
+        Dx, r = d_j * x, norm(d_j * x)
+        mu = _ldexp(_ldexp(kappa, -_exponent(kappa)) * r, _exponent(kappa) + k - 3 * j)
+        D2, u = mu * d_j * d_j, d_j * Dx / jnp.where(r > 0, r, 1)
+        error = _dot(H_j, x) + D2 * x - g_k
+        terms = _dot(jnp.abs(H_j), jnp.abs(x)) + D2 * jnp.abs(x) + jnp.abs(g_k)
+        better = jnp.all(jnp.abs(error) <= allowed * terms)  # False for a NaN, which a maximum may lose
+        allowed = jnp.max(jnp.abs(error) / jnp.where(terms > 0, terms, 1)) / 2
+        L = lax.linalg.cholesky(H_j + jnp.diag(D2) + mu * u[:, None] * u[None, :], symmetrize_input=False)
+        return n + 1, jnp.where(better, x, best), allowed, x - _solve_transposed(L, _solve(L, error)), better
+
+    all_allowed = jnp.full((), 2, x.dtype)  # no error is more than the sum of its terms
+    unfinished = lambda state: (state[0] < 8) & state[-1]
+    return _ldexp(lax.while_loop(unfinished, step, (0, x, all_allowed, x, True))[1], k - e)
 
 
 def _bisect(is_below_root, dtype):
@@ -242,11 +277,11 @@ def _solve_transposed(L, x):
     return jax.scipy.linalg.solve_triangular(L, x, lower=True, trans=1)
 
 
-def _norm(x):
+def norm(x):
     """||x|| without overflow or underflow of the squares."""
-    largest = jnp.max(jnp.abs(x))
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return safe * jnp.sqrt(jnp.sum((x / safe) ** 2))
+    # By a power of two: a quotient of quotients is compiled into one with a product below, which may underflow.
+    k = _exponent(jnp.max(jnp.abs(x)))
+    return _ldexp(jnp.sqrt(jnp.sum(_ldexp(x, -k) ** 2)), k)
 
 
 def _float_layout(dtype):

@@ -6,14 +6,17 @@ equal labels form a group; leaves labelled :data:`FROZEN` have no group and get
 a zero update.
 
 Groups are numbered by the first leaf, in ``jax.tree.leaves`` order, that bears
-their label. A *path* is the tuple of a leaf's keys as words, without the last
-``value`` that Flax NNX shows at init and hides at update, so neither numbering
-nor regular expressions depend on it.
+their label. A *path* is the tuple of a leaf's keys as words, without the
+``value`` of a Flax NNX variable, shown at init and hidden at update, so neither
+numbering nor regular expressions depend on it.
 """
 
+import collections
 import functools
 import itertools
+import numbers
 import re
+import reprlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +74,7 @@ class Partition(NamedTuple):
         def scaled(g, leaf):
             if g < 0:
                 return jnp.zeros_like(leaf)
-            return (factors[g] * leaf).astype(leaf.dtype)
+            return (factors[g] * leaf).astype(jnp.result_type(leaf))
 
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten([scaled(g, x) for g, x in zip(self.index, leaves, strict=True)])
@@ -92,12 +95,11 @@ def resolve(groups: Grouping, params: Any) -> Partition:
       TypeError: if a label isn't hashable, or a leaf with one isn't of a real
         floating-point dtype.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = leaf_paths(params)
-    labels = _labels_of_leaves(groups(params) if callable(groups) else groups, paths)
-    numbers: dict[Hashable, int] = {}
+    leaves, paths = jax.tree.leaves(params), leaf_paths(params)
+    labels = _labels_of_leaves(_label_tree_of(groups, params), params)
+    number_of: dict[Hashable, int] = {}
     index = []
-    for path, label, (_, leaf) in zip(paths, labels, flat, strict=True):
+    for path, label, leaf in zip(paths, labels, leaves, strict=True):
         try:
             frozen = label == FROZEN if isinstance(label, str) else False
             hash(label)
@@ -110,13 +112,13 @@ def resolve(groups: Grouping, params: Any) -> Partition:
             index.append(-1)
             continue
         _check_real(path, leaf)
-        index.append(numbers.setdefault(label, len(numbers)))
-    if flat and not numbers:
+        index.append(number_of.setdefault(label, len(number_of)))
+    if leaves and not number_of:
         raise ValueError(
-            f"all {len(flat)} parameters are frozen, among them {_show(paths[0])}; give at least one a"
+            f"all {len(leaves)} parameters are frozen, among them {_show(paths[0])}; give at least one a"
             " label other than groups.FROZEN"
         )
-    return Partition(tuple(index), tuple(map(str, numbers)), tuple(map(_show, paths)))
+    return Partition(tuple(index), tuple(_distinct(map(str, number_of))), path_names(params))
 
 
 def names(groups: Grouping, params: Any) -> tuple[str, ...]:
@@ -142,20 +144,37 @@ def names(groups: Grouping, params: Any) -> tuple[str, ...]:
 
 
 def leaf_paths(tree: Any) -> list[Path]:
-    """The path of every leaf, without the ``value`` that NNX adds to a variable's own."""
-    keys = [key for key, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    words = [tuple(jax.tree_util.keystr((k,), simple=True) for k in key) for key in keys]
-    children: dict[Path, set[str]] = {}
-    for path in words:
-        if path:
-            children.setdefault(path[:-1], set()).add(path[-1])
+    """The path of every leaf, without the ``value`` of NNX variables."""
+    return [path for path, is_leaf in _ends(tree) if is_leaf]
 
-    def is_variable(key, path):
-        # An attribute `value` without siblings is an nnx.Variable; a dict's key "value" is a name.
-        attribute = key and isinstance(key[-1], jax.tree_util.GetAttrKey)
-        return attribute and path[-1] == "value" and children[path[:-1]] == {"value"}
 
-    return [p[:-1] if is_variable(k, p) else p for k, p in zip(keys, words, strict=True)]
+def path_names(tree: Any) -> tuple[str, ...]:
+    """The path of every leaf, as ``a/b/c``."""
+    return tuple(map(_show, leaf_paths(tree)))
+
+
+def _ends(tree):
+    """The path of every leaf and of every node without children (None, an empty dict), and whether it is a leaf."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_childless)
+    children = collections.defaultdict(set)
+    for keys, _ in nodes:
+        for k, key in enumerate(keys):
+            children[keys[:k]].add(key)
+
+    def is_variable(parent, key):
+        # An attribute `value` without siblings is an nnx.Variable's; a dict's key "value" is a name.
+        return key == jax.tree_util.GetAttrKey("value") and len(children[parent]) == 1
+
+    def words(keys):
+        named = (key for k, key in enumerate(keys) if not is_variable(keys[:k], key))
+        return tuple(jax.tree_util.keystr((key,), simple=True) for key in named)
+
+    return [(words(keys), not _is_childless(node)) for keys, node in nodes]
+
+
+def _is_childless(node):
+    structure = jax.tree.structure(node)
+    return structure.num_nodes == 1 and structure.num_leaves == 0
 
 
 def per_tensor(params: Any) -> Any:
@@ -171,7 +190,7 @@ def per_tensor(params: Any) -> Any:
       >>> per_tensor({"w": 1.0, "b": 0.0})
       {'b': 'b', 'w': 'w'}
     """
-    return _label_tree(params, [_show(path) for path in leaf_paths(params)])
+    return _label_tree(params, _distinct(path_names(params)))
 
 
 def single(params: Any) -> Any:
@@ -240,7 +259,7 @@ def per_module(*args: Any, max_groups: int = 16) -> Any:
     """
     if len(args) > 1:
         raise TypeError(f"per_module takes the params alone, got {len(args)} positional arguments")
-    if args and isinstance(args[0], int):  # per_module(8); a Python int is no parameter
+    if args and isinstance(args[0], numbers.Integral):  # per_module(8); a Python int is no parameter
         args, max_groups = (), args[0]
     _check_count("max_groups", max_groups)
     if not args:
@@ -255,7 +274,8 @@ def per_module(*args: Any, max_groups: int = 16) -> Any:
         if len(set(cut)) <= max_groups:
             break
     blocks = _contiguous_blocks(sorted(set(cut), key=_natural), max_groups)
-    name_of = {m: _block_name(block) for block in blocks for m in block}
+    block_names = _distinct(map(_block_name, blocks))
+    name_of = {m: name for name, block in zip(block_names, blocks, strict=True) for m in block}
     return _label_tree(params, [name_of[m] for m in cut])
 
 
@@ -274,8 +294,8 @@ def by_path(patterns: Sequence[str] | Mapping[str, Hashable]) -> Callable[[Any],
       A callable from params to a label tree.
 
     Raises:
-      TypeError: if ``patterns`` is one string or holds something else than
-        strings.
+      TypeError: if ``patterns`` is one string, has no order, or holds something
+        else than strings, or a label is None or a container.
       ValueError: if an expression doesn't compile.
 
     Example:
@@ -285,11 +305,19 @@ def by_path(patterns: Sequence[str] | Mapping[str, Hashable]) -> Callable[[Any],
     """
     if isinstance(patterns, str):
         raise TypeError(f"patterns must be a sequence or a mapping, got the string {patterns!r}; put it in a list")
-    table = dict(patterns) if isinstance(patterns, Mapping) else {p: p for p in patterns}
+    if not isinstance(patterns, Sequence | Mapping):
+        raise TypeError(
+            f"patterns must be a sequence or a mapping, in order, got {reprlib.repr(patterns)}; put them in a list"
+        )
     compiled = []
-    for pattern, label in table.items():
+    for pattern, label in patterns.items() if isinstance(patterns, Mapping) else zip(patterns, patterns, strict=True):
         if not isinstance(pattern, str):
-            raise TypeError(f"each pattern must be a string, got {pattern!r}")
+            raise TypeError(f"each pattern must be a string, got {reprlib.repr(pattern)}")
+        if not jax.tree_util.all_leaves([label]):
+            raise TypeError(
+                f"the label of pattern {pattern!r} is {reprlib.repr(label)}; labels are strings, numbers or other"
+                " hashable leaves, not containers or None"
+            )
         try:
             compiled.append((re.compile(pattern), label))
         except re.error as error:
@@ -336,34 +364,53 @@ def _label_tree(params, labels):
     return jax.tree.structure(params).unflatten(labels)
 
 
-def _labels_of_leaves(label_tree, paths):
+def _label_tree_of(groups, params):
+    # A model class may define __call__: an instance of it that holds labels is a label tree.
+    is_label_tree = lambda x: not callable(x) or type(x) is type(params)
+    label_tree = groups if is_label_tree(groups) else groups(params)
+    if not is_label_tree(label_tree):
+        raise TypeError(
+            f"the grouping {groups!r} returned the function {label_tree!r} and not a label tree; give that function"
+            " as the grouping"
+        )
+    return label_tree
+
+
+def _labels_of_leaves(label_tree, params):
     """The label of every leaf: that of the label leaf whose path begins the leaf's own."""
-    label_leaves = jax.tree.leaves(label_tree)
-    table = dict(zip(leaf_paths(label_tree), label_leaves, strict=True))
+    ends = _ends(params)
+    paths = [path for path, is_leaf in ends if is_leaf]
+    table = dict(zip(leaf_paths(label_tree), jax.tree.leaves(label_tree), strict=True))
     used = set()
     labels = []
-    for path in paths:
+    for path, is_leaf in ends:
         prefix = next((path[:k] for k in range(len(path), -1, -1) if path[:k] in table), None)
+        used.add(prefix)
+        if not is_leaf:
+            continue  # None or an empty container: may have a label, needs none
         if prefix is None:
             raise ValueError(
-                f"the label tree has no label for parameter {_show(path)}; its labels are at"
-                f" {_listing(table)}. Give a pytree of labels with the structure of the params or a"
-                " prefix of it, or a callable that makes one from the params"
+                f"the label tree has no label for parameter {_show(path)}; it has {_listing(table, 'labels')}. Give a"
+                " pytree of labels with the structure of the params or a prefix of it, or a callable that makes one"
+                " from the params"
             )
-        used.add(prefix)
         labels.append(table[prefix])
-    unused = [p for p in table if p not in used]
-    if unused and paths:
+    unused = [path for path in table if path not in used]
+    if unused:
         raise ValueError(
-            f"the label tree has a label at {_show(unused[0])}, where the params have no parameter; their"
-            f" parameters are at {_listing(paths)}. Drop that label, or give labels that fit this model"
+            f"the label tree has a label at {_show(unused[0])}, where the params have no parameter; they have"
+            f" {_listing(paths, 'parameters')}. Drop that label, or give labels that fit this model"
         )
     return labels
 
 
 def _check_real(path, leaf):
-    dtype = getattr(leaf, "dtype", None)
-    dtype = jnp.result_type(leaf) if dtype is None else dtype
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+        raise TypeError(
+            f"parameter {_show(path)} is {reprlib.repr(leaf)}, which is not an array; label it groups.FROZEN or keep"
+            " it out of the params"
+        )
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.floating):
         return
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -374,8 +421,8 @@ def _check_real(path, leaf):
 
 
 def _check_count(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {reprlib.repr(value)}")
 
 
 def _common_prefix(paths):
@@ -400,15 +447,26 @@ def _block_name(block):
     return "..".join("/".join(path) or _ROOT for path in ends)
 
 
+def _distinct(names):
+    """The names, with a number behind those that came before."""
+    seen = collections.Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return distinct
+
+
 def _natural(path):
     """Sort key in which numbers inside words compare as numbers."""
-    return [[(0, int(s), "") if s.isdecimal() else (1, 0, s) for s in re.split(r"(\d+)", word) if s] for word in path]
+    split = lambda word: [(0, int(s), "") if s.isdecimal() else (1, 0, s) for s in re.split(r"(\d+)", word) if s]
+    return [split(word) for word in path], path  # the path itself tells `a1` from `a01`
 
 
 def _show(path):
     return "/".join(path) or _ROOT
 
 
-def _listing(paths, most=4):
-    shown = [_show(p) for p in list(paths)[:most]]
-    return ", ".join(shown) + (", …" if len(paths) > most else "")
+def _listing(paths, what, most=4):
+    shown = [_show(path) for path in list(paths)[:most]]
+    return f"{what} at {', '.join(shown)}{', …' if len(paths) > most else ''}" if shown else f"no {what}"

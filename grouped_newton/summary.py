@@ -72,7 +72,8 @@ def summarize(
     Raises:
       ValueError: if params and direction don't match, ``value_fn`` doesn't
         return a scalar, or the grouping doesn't fit.
-      TypeError: if ``value_fn`` returns something else than one real number.
+      TypeError: if ``value_fn`` returns something else than one real number, or
+        the direction isn't real.
       NotImplementedError: for ``method="sweep"``.
 
     Example:
@@ -133,9 +134,9 @@ def _nested(loss, theta, u, partition, dtype):
         f, x = restricted_to(own)
         third.append(_third_derivative(f, x, [u[i] for i in own]))
     if value is None:
-        return zeros(0, dtype)._replace(loss=loss(theta))
+        return zeros(0, dtype)._replace(loss=loss(theta).astype(dtype))
     upper = jnp.stack(rows)
-    return Summary(value, gbar, upper + jnp.triu(upper, 1).T, jnp.stack(third))
+    return Summary(value.astype(dtype), gbar, upper + jnp.triu(upper, 1).T, jnp.stack(third).astype(dtype))
 
 
 def _third_derivative(f, theta, u):
@@ -194,10 +195,13 @@ def summary_dtype(params: Any, partition: _groups.Partition) -> np.dtype:
 def matching_leaves(direction: Any, params: Any, partition: _groups.Partition) -> list:
     """The leaves of the direction, checked against the params and cast to their dtypes; frozen ones as they are."""
     theta, u = jax.tree.leaves(params), jax.tree.leaves(direction)
-    if len(theta) != len(u):
+    here, there = partition.paths, _groups.path_names(direction)
+    if here != there:
+        odd = [path for path in (*here, *there) if (path in here) != (path in there)]
         raise ValueError(
-            f"the direction has {len(u)} arrays and the params have {len(theta)}; it must have their structure, as"
-            " gradients do"
+            f"the direction has {len(u)} arrays and the params have {len(theta)};"
+            f" {f'only one of them has {odd[0]}' if odd else 'they come in another order'}. The direction must have the"
+            " structure of the params, as gradients do"
         )
     matched = []
     for path, g, p, d in zip(partition.paths, partition.index, theta, u, strict=True):
@@ -205,6 +209,11 @@ def matching_leaves(direction: Any, params: Any, partition: _groups.Partition) -
             raise ValueError(
                 f"the direction has shape {jnp.shape(d)} at parameter {path}, which has shape {jnp.shape(p)};"
                 " it must have the shapes of the params, as gradients do"
+            )
+        if g >= 0 and jnp.issubdtype(jnp.result_type(d), jnp.complexfloating):
+            raise TypeError(
+                f"the direction has dtype {jnp.result_type(d)} at parameter {path}, which has dtype"
+                f" {jnp.result_type(p)}; it must be real"
             )
         matched.append(d if g < 0 else jnp.asarray(d).astype(jnp.result_type(p)))
     return matched

@@ -1,0 +1,80 @@
+"""Small losses with params and a direction, shared by the tests."""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
+
+
+class Problem(NamedTuple):
+    loss: Callable[[Any], jax.Array]
+    params: Any
+    direction: Any
+
+
+def nll(logits, labels):
+    """Mean negative log-likelihood."""
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
+
+
+def reference_mlp(params, x, y):
+    """5-7-4-3, tanh, weights (out, in); params is the list W1, b1, W2, b2, W3, b3."""
+    return nll(_dense_layers(params, x), y)
+
+
+def reference_lenet(params, x, y):
+    """Two valid 5x5 convolutions, each with tanh and 2x2 max-pool, on 1x32x32 in NCHW; then 75-8-6-4."""
+    for kernel, bias in (params[:2], params[2:4]):
+        x = jnp.tanh(lax.conv_general_dilated(x, kernel, (1, 1), "VALID") + bias[None, :, None, None])
+        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+    return nll(_dense_layers(params[4:], x.reshape(len(x), -1)), y)
+
+
+def _dense_layers(params, x):
+    layers = list(zip(params[::2], params[1::2], strict=True))
+    for weight, bias in layers[:-1]:
+        x = jnp.tanh(x @ weight.T + bias[None])
+    weight, bias = layers[-1]
+    return x @ weight.T + bias[None]
+
+
+def reference(network, grouping):
+    """The problem ``mlp`` or ``lenet``, ``canonical`` or ``trivial``, and what the reference gave for it; float64."""
+    with np.load(_REFERENCE) as data:
+        prefix = f"{network}/{grouping}/"
+        values = {name.removeprefix(prefix): data[name] for name in data.files if name.startswith(prefix)}
+    count = sum(name.startswith("param") for name in values)
+    params, direction = ([jnp.asarray(values[f"{kind}{i}"]) for i in range(count)] for kind in ("param", "direction"))
+    loss = {"mlp": reference_mlp, "lenet": reference_lenet}[network]
+    return Problem(functools.partial(loss, x=values["x"], y=values["y"]), params, direction), values
+
+
+def dense_params(sizes, seed=0, scale=1.0):
+    """Params of a perceptron, named as Flax names them; the last layer has the last name in leaf order too."""
+    rng = np.random.default_rng(seed)
+    shapes = [{"bias": (n,), "kernel": (m, n)} for m, n in itertools.pairwise(sizes)]
+    draw = lambda shape: jnp.asarray(scale * rng.standard_normal(shape) / np.sqrt(shape[0]))
+    return {f"Dense_{i}": {k: draw(v) for k, v in layer.items()} for i, layer in enumerate(shapes)}
+
+
+def apply_dense(params, x, between=jnp.tanh):
+    """The perceptron of ``dense_params`` (fewer than eleven layers), with a function between its layers."""
+    for i, name in enumerate(sorted(params)):
+        x = (between(x) if i else x) @ params[name]["kernel"] + params[name]["bias"][None]
+    return x
+
+
+def tanh_mlp(sizes=(4, 5, 3), batch=6, seed=0):
+    """Mean NLL of a tanh perceptron on noise, along a direction that is not the gradient."""
+    rng = np.random.default_rng(seed)
+    x, y = jnp.asarray(rng.standard_normal((batch, sizes[0]))), rng.integers(sizes[-1], size=batch)
+    params, direction = dense_params(sizes, seed=seed + 1), dense_params(sizes, seed=seed + 2)
+    return Problem(lambda p: nll(apply_dense(p, x), y), params, direction)
