@@ -94,7 +94,7 @@ def scale_by_grouped_newton(
     Raises:
       ValueError: if an argument is out of range, the grouping doesn't fit the
         params, or ``update`` lacks ``params`` or ``value_fn``.
-      TypeError: if a labelled parameter isn't real floating-point, ``rates``,
+      TypeError: if a labelled parameter isn't real floating-point, ``rates`` or
         ``value_fn`` isn't callable, or ``value_fn`` doesn't return one number.
 
     Example:
@@ -119,16 +119,16 @@ def scale_by_grouped_newton(
         partition = _resolve(groups, params)
         dtype = summary_dtype(params, partition)
         integer = lambda value: jnp.array(value, jnp.int32)
-        empty = zeros(partition.num_groups, dtype)
+        # No two fields share a buffer, so that the state can be donated.
         return GroupedNewtonState(
             count=integer(0),
-            eta=empty.gbar,
-            damping=empty.loss,
+            eta=jnp.zeros(partition.num_groups, dtype),
+            damping=jnp.zeros((), dtype),
             status=integer(CubicStatus.SOLVED),
             refreshes=integer(0),
             rejected=integer(0),
             uphill=integer(0),
-            **empty._asdict(),
+            **zeros(partition.num_groups, dtype)._asdict(),
         )
 
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
@@ -149,8 +149,8 @@ def scale_by_grouped_newton(
         state = lax.cond(due, refresh, lambda state: state, state)
         eta = jnp.maximum(state.eta, 0) if nonnegative else state.eta
         scaled = partition.scale(eta, updates)
-        usable = optax.tree.reduce(lambda so_far, u: so_far & jnp.all(jnp.isfinite(u)), scaled, jnp.array(True))
-        scaled = jax.tree.map(lambda u: jnp.where(usable, u, jnp.zeros_like(u)), scaled)
+        finite = _all_finite(scaled)
+        scaled = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), scaled)
         return scaled, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -181,7 +181,9 @@ def grouped_newton(
       groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
       direction: a transform that makes the direction from the gradient, neither
         negated nor scaled: ``optax.scale_by_adam()`` (the default), not
-        ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it.
+        ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
+        negated direction gets negative rates: nothing moves unless
+        ``nonnegative=False``, and the state's ``uphill`` counts.
       internal_damping: lambda >= 0, without unit, or a schedule of the step.
       refresh_every: steps between two summaries, at least 1.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
@@ -240,10 +242,10 @@ def _refreshed(state, summary, damping, rates, summary_decay):
     """The state after a summary, if its numbers are fine; with counters that say so if not."""
     dtype = state.eta.dtype
     damping = jnp.asarray(damping).astype(dtype)
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in (*summary, damping)]).all()
-    refreshes = state.refreshes + finite.astype(jnp.int32)
     before = Summary(state.loss, state.gbar, state.hbar, state.third)
     summary = jax.tree.map(lambda x, old: x.astype(old.dtype), summary, before)
+    finite = _all_finite((summary, damping))
+    refreshes = state.refreshes + finite.astype(jnp.int32)
     after = running_average(before, summary, summary_decay, jnp.maximum(refreshes, 1))
     average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
@@ -251,12 +253,12 @@ def _refreshed(state, summary, damping, rates, summary_decay):
     no_rates_yet = jnp.all(state.eta == 0)
     edge = _rates.edge_rates()(average, damping)
     fall_back = no_rates_yet & (solution.status == CubicStatus.UNBOUNDED) & (edge.status < CubicStatus.UNBOUNDED)
-    eta = jnp.where(fall_back, edge.eta, solution.eta)
+    eta = jnp.where(fall_back, edge.eta, solution.eta).astype(dtype)
     found = fall_back | (solution.status < CubicStatus.UNBOUNDED)
-    accepted = finite & found & jnp.all(jnp.isfinite(eta))
+    accepted = finite & found & _all_finite(eta)
     status = jnp.where(finite, solution.status, CubicStatus.NOT_FINITE)
     return state._replace(
-        eta=jnp.where(accepted, eta, state.eta).astype(dtype),
+        eta=jnp.where(accepted, eta, state.eta),
         damping=jnp.where(jnp.isfinite(damping), damping, state.damping),
         status=status.astype(jnp.int32),
         refreshes=refreshes,
@@ -264,6 +266,10 @@ def _refreshed(state, summary, damping, rates, summary_decay):
         uphill=state.uphill + (finite & (jnp.sum(summary.gbar) < 0)),
         **average._asdict(),
     )
+
+
+def _all_finite(tree):
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
 
 
 def _resolve(groups, params):
@@ -274,12 +280,13 @@ def _resolve(groups, params):
             " value_fn can't be called. Put it outside and label the parameters that it must leave alone"
             " grouped_newton.groups.FROZEN"
         )
-    return _groups.resolve(groups, params)
+    # optax.tree.map_params inits with a placeholder without leaves, which fits no label tree.
+    return _groups.resolve(groups if jax.tree.leaves(params) else _groups.single, params)
 
 
 def _with_arguments(value_fn, extra_args):
-    """``value_fn`` with the extra arguments that its signature names."""
-    names = inspect.signature(value_fn).parameters
+    """``value_fn`` with the extra arguments that its signature names after the params."""
+    names = list(inspect.signature(value_fn).parameters)[1:]
     known = {name: value for name, value in extra_args.items() if name in names}
     return lambda params: value_fn(params, **known)
 

@@ -1,0 +1,157 @@
+"""Pictures of rates and curvatures, drawn on Axes that the caller makes.
+
+  steps (T,)     eta (T, S)   rates, as the state keeps them     names  S group names
+  hbar (S, S)    curvatures between groups
+
+Needs matplotlib (``pip install "grouped_newton[plot]"``); ``grouped_newton``
+itself never imports this module.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+
+_DISTINCT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+_DASHES = ("-", "--", ":", "-.")
+_SMALL_TABLE = 12
+
+
+def plot_rates(ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, learning_rate: float = 1.0) -> list[Line2D]:
+    """Draws the rate of every group over time, on a logarithmic axis.
+
+    What is drawn is the rate that was applied::
+
+      learning_rate * max(eta_s, 0)
+
+    A logarithmic axis has no zero: where a rate is zero its line has a gap, and a
+    triangle stands in the group's row at the bottom of the axes.
+
+    Args:
+      ax: the matplotlib Axes to draw on.
+      steps: when the rates were in force, shape (T,), in steps.
+      eta: the state's ``eta`` at these steps, shape (T, S).
+      names: the group names, of length S, as ``groups.names`` gives them.
+      learning_rate: the factor on all rates, 1 by default.
+
+    Returns:
+      The S lines, in the order of the groups.
+
+    Raises:
+      ValueError: if the shapes don't fit.
+      TypeError: if ``ax`` isn't one Axes.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots()
+      >>> lines = plot_rates(ax, [10, 20, 30], [[0.1, 0.3], [0.2, 0.0], [0.4, 0.1]], ["hidden", "output"])
+      >>> [line.get_label() for line in lines], ax.get_yscale()
+      (['hidden', 'output'], 'log')
+    """
+    _check_axes(ax)
+    steps, eta = np.asarray(steps), np.asarray(eta, dtype=float)
+    if steps.ndim != 1 or eta.shape != (len(steps), len(names)):
+        raise ValueError(
+            f"plot_rates takes steps (T,), eta (T, S) and S names, got shapes {steps.shape} and {eta.shape} and"
+            f" {len(names)} names; stack the state's eta over time"
+        )
+    rates = learning_rate * np.maximum(eta, 0)
+    lines = []
+    row = min(0.04, 0.3 / max(len(names), 1))
+    at_bottom = ax.get_xaxis_transform()
+    for i, (name, colour, dashes) in enumerate(zip(names, *_line_styles(len(names)), strict=True)):
+        rate = rates[:, i]
+        style = {"color": colour, "linestyle": dashes, "marker": ".", "markersize": 4, "linewidth": 1.6}
+        lines += ax.plot(steps, np.where(rate > 0, rate, np.nan), label=name, **style)
+        zero = steps[rate == 0]
+        height = np.full(len(zero), row * (len(names) - i - 0.5))
+        ax.plot(zero, height, "v", color=colour, markersize=3.5, transform=at_bottom, scaley=False)
+    ax.set(yscale="log", xlabel="step", ylabel="rate")
+    positive = rates[(rates > 0) & np.isfinite(rates)]
+    if positive.size and np.any(rates == 0):  # room for the triangles
+        low, high, strip = positive.min(), positive.max(), row * len(names) + 0.03
+        ax.set_ylim(bottom=low * (low / high) ** (strip / (1 - strip)) * 0.9)
+    return lines
+
+
+def plot_curvature(ax: Axes, hbar: Any, names: Sequence[str]) -> AxesImage:
+    """Draws the curvatures between groups, scaled like correlations, as a heat map.
+
+    ::
+
+      hbar_st / sqrt(|hbar_ss hbar_tt|)
+
+    which doesn't depend on the scale of a group's direction. The diagonal is 1,
+    or -1 for a group along whose direction the loss curves downwards; an entry off
+    the diagonal says how much two groups' steps add to (positive) or undo
+    (negative) each other's slope. Colours end at -1 and 1; in a Hessian that
+    isn't positive definite numbers may go beyond. Entries of a group without
+    curvature are left grey.
+
+    Args:
+      ax: the matplotlib Axes to draw on.
+      hbar: curvatures, shape (S, S), a summary's or the state's.
+      names: the group names, of length S, as ``groups.names`` gives them.
+
+    Returns:
+      The image, for a colour bar. Numbers are written into the cells of up to 12
+      groups.
+
+    Raises:
+      ValueError: if the shapes don't fit.
+      TypeError: if ``ax`` isn't one Axes, or a whole summary comes for hbar.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> figure = Figure()
+      >>> ax = figure.subplots()
+      >>> image = plot_curvature(ax, [[4.0, 1.0], [1.0, 1.0]], ["hidden", "output"])
+      >>> image.get_array().tolist()
+      [[1.0, 0.5], [0.5, 1.0]]
+      >>> bar = figure.colorbar(image, ax=ax)
+    """
+    _check_axes(ax)
+    if isinstance(hbar, tuple):
+        raise TypeError("plot_curvature takes the array hbar, got a tuple; of a summary give its hbar")
+    hbar, S = np.asarray(hbar, dtype=float), len(names)
+    if hbar.shape != (S, S):
+        raise ValueError(f"plot_curvature takes hbar (S, S) and S names, got shape {hbar.shape} and {S} names")
+    size = np.sqrt(np.abs(np.diag(hbar)))
+    known = (size[:, None] > 0) & (size[None, :] > 0) & np.isfinite(hbar)
+    # Divided one after the other: the product of two sizes may be out of range.
+    safe = np.where(size > 0, size, 1)
+    scaled = np.ma.masked_array(hbar / safe[:, None] / safe[None, :], ~known)
+
+    colours = mpl.colormaps["PuOr"].with_extremes(bad="0.85")
+    image = ax.imshow(scaled, cmap=colours, vmin=-1, vmax=1)
+    ax.set_xticks(range(S), names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(S), names)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    if S <= _SMALL_TABLE:
+        for (s, t), value in np.ndenumerate(scaled):
+            if known[s, t]:
+                ax.text(t, s, _number(value), ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+    return image
+
+
+def _line_styles(number):
+    """Colours and dashes that tell ``number`` lines apart, also for the colour-blind."""
+    if number <= len(_DISTINCT):
+        return _DISTINCT[:number], ("-",) * number
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, number))
+    return colours, tuple(_DASHES[i % len(_DASHES)] for i in range(number))
+
+
+def _number(value):
+    text = f"{value:.2f}" if abs(value) < 9.995 else f"{value:.0f}"
+    return text.replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}")
+
+
+def _check_axes(ax):
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax must be one matplotlib Axes, got {type(ax).__name__}; figure.subplots() makes one")

@@ -1,0 +1,53 @@
+"""Every example, found by glob, runs as a script with its shortest setting and refuses bad options."""
+
+import pathlib
+import runpy
+import sys
+
+import matplotlib.image
+import pytest
+
+EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
+def run_example(request, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [request.param.name, *map(str, arguments)])
+        return runpy.run_path(str(request.param), run_name="__main__")
+
+    return run
+
+
+def test_a_short_run_prints_a_table_and_writes_a_picture(run_example, tmp_path, capsys):
+    picture = tmp_path / "new folder" / "picture.png"
+    run_example("--steps", 12, "--seed", 1, "--out", picture)
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.startswith(("SGD", "Adam", "grouped_newton"))]
+    assert [row[0] for row in rows] == ["SGD", "Adam", "grouped_newton"]
+    assert all(0 < float(row[-4]) < 2.6 for row in rows)  # a loss near or below that of guessing, ln 10
+    image = matplotlib.image.imread(picture)
+    assert image.shape[0] > 400
+    assert image.shape[1] > 800
+
+
+def test_help_names_every_option(run_example, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_example("--help")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--steps", "--out", "--seed"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(run_example, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_example(*arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,886 @@
+"""The transform and the optimizer: one step, the schedule of refreshes, fallbacks, state and composition."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+
+import grouped_newton as gn
+from grouped_newton.groups import FROZEN
+from grouped_newton.summary import running_average
+
+EPS = 2.0**-23
+
+
+# --- problems -----------------------------------------------------------------------------------
+
+
+def tanh_loss(params, batch):
+    """Mean squared error of a two-layer tanh network."""
+    x, y = batch
+    hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
+    return jnp.mean((hidden @ params["out"]["w"] + params["out"]["b"][None] - y) ** 2)
+
+
+def tanh_params(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.5, dtype)
+    return {"hidden": {"w": normal(3, 4), "b": normal(4)}, "out": {"w": normal(4, 2), "b": normal(2)}}
+
+
+def regression_batches(steps, seed=0, dtype=jnp.float32):
+    """Inputs and targets of a fixed smooth map, one batch of 16 per step."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(steps, 16, 3))
+    y = np.stack([np.sin(x[..., 0]) + x[..., 1], x[..., 2] * x[..., 0]], axis=-1)
+    return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+
+
+def sum_of_squares(params):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+
+def train(tx, loss, params, batches):
+    """Trains by one scan, the curvature on the same batch; the params, state and updates after every step."""
+
+    def step(carry, batch):
+        params, state = carry
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, state, updates)
+
+    return lax.scan(step, (params, tx.init(params)), batches)[1]
+
+
+def follow(tx, loss, params, directions, batches):
+    """Updates and states of a run along given directions in which the params stay where they are."""
+
+    def step(state, direction_and_batch):
+        direction, batch = direction_and_batch
+        updates, state = tx.update(direction, state, params, value_fn=lambda p: loss(p, batch))
+        return state, (updates, state)
+
+    return lax.scan(step, tx.init(params), (directions, batches))[1]
+
+
+def polynomial(params, batch):
+    """c + g p + h p^2 / 2 + t p^3 / 6 of one number: at 0 its summary along u = 1 is the batch."""
+    p = params["p"]
+    return batch["c"] + batch["g"] * p + batch["h"] / 2 * p**2 + batch["t"] / 6 * p**3
+
+
+def follow_polynomial(tx, batches, directions):
+    updates, state = follow(tx, polynomial, {"p": jnp.zeros(())}, {"p": directions}, batches)
+    return updates["p"], state
+
+
+@jax.jit
+def paper_on_polynomial(batches, directions, refresh_every, decay):
+    # Traced options, so that all tests share one compilation.
+    tx = gn.scale_by_grouped_newton(refresh_every=refresh_every, summary_decay=decay)
+    return follow_polynomial(tx, batches, directions)
+
+
+def polynomial_batches(**columns):
+    """Columns of up to six steps, the last value repeated."""
+    columns = {"c": [0.0], "g": [1.0], "h": [2.0], "t": [0.0], **columns}
+    return {k: jnp.array(v + v[-1:] * (6 - len(v)), jnp.float32) for k, v in columns.items()}
+
+
+def run_polynomial(steps, *, refresh_every=10, decay=0.0, u=(1.0,) * 6, **columns):
+    """Updates and states of the paper's transform; c, g, h, t are the summaries, and the rate is g / h if t = 0."""
+    batches, u = polynomial_batches(**columns), jnp.array(u)
+    updates, state = paper_on_polynomial(batches, u, refresh_every, decay)
+    assert_finite((updates, state))
+    return updates[:steps], at(state, slice(steps))
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def assert_finite(tree):
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, rtol, atol=0.0):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
+
+
+def only_grouped_newton(state):
+    is_ours = lambda x: isinstance(x, gn.GroupedNewtonState)
+    (found,) = (x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
+    return found
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouping", ["canonical", "trivial"])
+@pytest.mark.parametrize("network", ["mlp", "lenet"])
+def test_one_step_agrees_with_the_reference(x64, network, grouping):
+    (loss, params, direction), reference = models.reference(network, grouping)
+    groups = gn.groups.per_tensor if grouping == "canonical" else gn.groups.single
+
+    # Params are arguments: jaxlib 0.8.1 folds a convolution of constants in float64 to wrong numbers.
+    def step(damping, params, direction):
+        tx = gn.scale_by_grouped_newton(groups, internal_damping=damping)
+        return tx.update(direction, tx.init(params), params, value_fn=loss)
+
+    dampings = ("0.1", "1.0", "10.0")
+    steps = jax.jit(jax.vmap(step, in_axes=(0, None, None)))
+    updates, state = steps(jnp.array([float(d) for d in dampings]), params, direction)
+    np.testing.assert_array_equal(state.refreshes, 1)
+    for k, damping in enumerate(dampings):
+        eta = reference[f"eta_{damping}"].reshape(-1)
+        tolerance = 1e-9 * np.max(np.abs(eta))
+        np.testing.assert_allclose(state.eta[k], eta, rtol=0, atol=tolerance)
+        rates = np.maximum(np.broadcast_to(eta, len(params)), 0)
+        for rate, u, scaled in zip(rates, direction, updates, strict=True):
+            np.testing.assert_allclose(scaled[k], rate * u, rtol=0, atol=tolerance * np.max(np.abs(u)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"nonnegative": False, "internal_damping": 10.0}, {"rates": gn.edge_rates(), "summary_decay": 0.8}],
+    ids=["paper", "edge"],
+)
+def test_training_is_invariant_under_the_scale_of_each_group(options):
+    """theta_s = a_s theta~_s with u = gradient, in float32 with a_s up to 2^10: eta_s = a_s^2 eta~_s."""
+    params, batches = tanh_params(), regression_batches(9)
+    tx = optax.chain(gn.scale_by_grouped_newton(refresh_every=4, **options), optax.scale(-0.1))
+
+    def run(scale):
+        loss = lambda p, batch: tanh_loss(jax.tree.map(jnp.multiply, scale, p), batch)
+        start = jax.tree.map(jnp.divide, params, scale)
+        trained, state, _ = train(tx, loss, start, batches)
+        return jax.vmap(lambda p: jax.tree.map(jnp.multiply, scale, p))(trained), state[0].eta
+
+    exponents = {"hidden": {"w": [0, 10, -3], "b": [0, -9, 10]}, "out": {"w": [0, -10, 1], "b": [0, 3, 5]}}
+    scales = jax.tree.map(lambda e: 2.0 ** jnp.array(e), exponents, is_leaf=lambda x: isinstance(x, list))
+    trained, eta = jax.jit(jax.vmap(run))(scales)
+    a = jnp.stack(jax.tree.leaves(scales), axis=-1)
+    eta = eta * a[:, None] ** 2
+    # Powers of two commute with rounding, so only the order of sums may differ; nine steps amplify that.
+    tolerance = 1e3 * EPS
+    for k in (1, 2):
+        assert_close(at(trained, k), at(trained, 0), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(eta[k], eta[0], rtol=tolerance, atol=tolerance * np.max(np.abs(eta[0])))
+    first, last = trained["out"]["w"][0, 0], trained["out"]["w"][0, -1]
+    assert not np.allclose(first, last, rtol=1e-2)
+
+
+def test_updates_keep_sign_dtype_and_structure():
+    """Also where dtypes differ within the tree, and between direction and params."""
+    params = {
+        "a": (jnp.array([1.0, -2.0], jnp.bfloat16), [jnp.array(3.0, jnp.float16)]),
+        "b": None,
+        "c": jnp.array([[-1.0, 2.0]], jnp.float32),
+        "d": jnp.array([0.5], jnp.bfloat16),
+    }
+    direction = jax.tree.map(lambda p: (2 * p.astype(jnp.float32)).astype(p.dtype), params)
+    direction["d"] = direction["d"].astype(jnp.float32)
+    loss = lambda p: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(p))
+    tx = gn.scale_by_grouped_newton()
+    updates, state = jax.jit(lambda u: tx.update(u, tx.init(params), params, value_fn=loss))(direction)
+    assert jax.tree.structure(updates) == jax.tree.structure(direction)
+    jax.tree.map(lambda u, d: np.testing.assert_equal((u.dtype, u.shape), (d.dtype, d.shape)), updates, direction)
+    np.testing.assert_allclose(state.eta, 0.5, rtol=8 * EPS)
+    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        eps = float(max(jnp.finfo(p.dtype).eps, jnp.finfo(u.dtype).eps))
+        np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(p, np.float64), rtol=2 * eps)
+
+
+def test_float64_params_have_float64_rates_and_updates(x64):
+    tx, params = gn.scale_by_grouped_newton(), {"w": jnp.array([1.0, 2.0])}
+    loss = lambda p: jnp.sum(p["w"] ** 2)
+    updates, state = jax.jit(lambda p: tx.update(jax.grad(loss)(p), tx.init(p), p, value_fn=loss))(params)
+    assert {updates["w"].dtype, state.eta.dtype, state.hbar.dtype} == {jnp.dtype(jnp.float64)}
+    np.testing.assert_allclose(updates["w"], params["w"], rtol=8 * 2.0**-52)
+
+
+def constant_rule(*eta):
+    return lambda summary, damping: gn.CubicSolution(jnp.array(eta), jnp.zeros(()), jnp.int32(gn.CubicStatus.SOLVED))
+
+
+@pytest.mark.parametrize(("nonnegative", "used"), [(True, 0.0), (False, -1.0)])
+def test_negative_rates_are_clipped_at_use_only(nonnegative, used):
+    tx = gn.scale_by_grouped_newton(rates=constant_rule(-1.0, 2.0), nonnegative=nonnegative)
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    direction = {"a": jnp.array([1.0, -2.0, 0.0]), "b": jnp.array([-3.0, 4.0])}
+    loss = lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"])
+    updates, state = jax.jit(lambda u: tx.update(u, tx.init(params), params, value_fn=loss))(direction)
+    np.testing.assert_array_equal(state.eta, [-1.0, 2.0])
+    assert_equal(updates, {"a": used * direction["a"], "b": 2 * direction["b"]})
+
+
+def test_frozen_leaves_get_a_zero_update_whatever_their_dtype_and_direction():
+    params = {"count": jnp.arange(3), "stuck": jnp.ones(2), "w": jnp.array([1.0, -2.0])}
+    direction = {"count": jnp.arange(3), "stuck": jnp.array([jnp.nan, jnp.inf]), "w": 2 * params["w"]}
+    groups = {"count": FROZEN, "stuck": FROZEN, "w": 0}
+    loss = lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["stuck"]) * jnp.sum(p["count"])
+    tx = gn.scale_by_grouped_newton(groups)
+    updates, state = jax.jit(lambda u: tx.update(u, tx.init(params), params, value_fn=loss))(direction)
+    assert_equal(updates["count"], np.zeros(3, np.int32))
+    assert_equal(updates["stuck"], np.zeros(2, np.float32))
+    assert updates["count"].dtype == params["count"].dtype
+    np.testing.assert_allclose(updates["w"], params["w"], rtol=8 * EPS)
+    assert state.eta.shape == (1,)
+
+
+# --- refreshes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refresh_every", "decay", "damping"),
+    [(1, 0.0, 10.0), (3, 0.8, lambda step: 1.0 + step)],
+    ids=["every step", "every third, averaged, scheduled damping"],
+)
+def test_rates_equal_those_of_a_hand_written_loop(refresh_every, decay, damping):
+    steps, params, batches = 8, tanh_params(), regression_batches(8)
+    tx = gn.scale_by_grouped_newton(
+        gn.groups.per_module,
+        internal_damping=damping,
+        refresh_every=refresh_every,
+        rates=gn.edge_rates(1.2),
+        summary_decay=decay,
+    )
+    descent = optax.chain(tx, optax.scale(-1.0))
+    trained, (state, _), updates = jax.jit(functools.partial(train, descent, tanh_loss))(params, batches)
+    before = jax.tree.map(lambda p, after: jnp.concatenate([p[None], after[:-1]]), params, trained)
+
+    average, refreshes = gn.Summary(jnp.zeros(()), jnp.zeros(2), jnp.zeros((2, 2)), jnp.zeros(2)), 0
+    for k in range(steps):
+        u, summary = gradient_and_summary(at(before, k), at(batches, k))
+        if k % refresh_every == 0:
+            refreshes += 1
+            lam = damping(k) if callable(damping) else damping
+            average = running_average(average, summary, decay, refreshes)
+            eta = edge_rates_of(average, lam)
+        now = at(state, k)
+        # The same numbers from two differently fused programs.
+        tolerance = 1e3 * EPS
+        np.testing.assert_allclose(now.eta, eta, rtol=tolerance)
+        assert_close(gn.Summary(now.loss, now.gbar, now.hbar, now.third), average, rtol=tolerance, atol=tolerance)
+        assert (now.count, now.refreshes, now.damping) == (k + 1, refreshes, lam)
+        assert (now.rejected, now.uphill) == (0, 0)
+        expected = {name: jax.tree.map(lambda x, r=r: -r * x, u[name]) for name, r in zip(u, eta, strict=True)}
+        assert_close(at(updates, k), expected, rtol=tolerance, atol=tolerance)
+    assert len(np.unique(state.eta[:, 0])) == math.ceil(steps / refresh_every)
+    assert np.all(state.eta > 0)
+    assert np.all(state.third >= 0)
+
+
+@jax.jit
+def gradient_and_summary(params, batch):
+    loss = lambda p: tanh_loss(p, batch)
+    u = jax.grad(loss)(params)
+    return u, gn.summarize(loss, params, u, gn.groups.per_module)
+
+
+@jax.jit
+def edge_rates_of(summary, damping):
+    return gn.edge_rates(1.2)(summary, damping).eta
+
+
+def test_between_refreshes_the_loss_is_not_looked_at():
+    """Its NaNs there change nothing, and outside the branch there is no solve."""
+    updates, state = run_polynomial(4, refresh_every=3, c=[0.0, math.nan, math.nan, 0.0], h=[2.0, 2.0, 2.0, 4.0])
+    np.testing.assert_allclose(updates, [0.5, 0.5, 0.5, 0.25], rtol=8 * EPS)
+    np.testing.assert_array_equal(state.refreshes, [1, 1, 1, 2])
+    np.testing.assert_array_equal(state.rejected, 0)
+
+    tx, params = gn.scale_by_grouped_newton(), {"p": jnp.zeros(())}
+    step = lambda u, state: tx.update(u, state, params, value_fn=sum_of_squares)
+    outside = {eqn.primitive.name for eqn in jax.make_jaxpr(step)(params, tx.init(params)).jaxpr.eqns}
+    assert "cond" in outside
+    assert outside.isdisjoint({"cholesky", "eigh", "triangular_solve", "while", "scan"})
+
+
+# --- fallbacks -----------------------------------------------------------------------------------
+
+
+def test_without_minimiser_the_last_good_rates_stay():
+    updates, state = run_polynomial(4, refresh_every=1, h=[2.0, -1.0, -1.0, 4.0])
+    np.testing.assert_allclose(updates, [0.5, 0.5, 0.5, 0.25], rtol=8 * EPS)
+    np.testing.assert_array_equal(state.rejected, [0, 1, 2, 2])
+    np.testing.assert_array_equal(state.refreshes, [1, 2, 3, 4])
+    solved, unbounded = gn.CubicStatus.SOLVED, gn.CubicStatus.UNBOUNDED
+    np.testing.assert_array_equal(state.status, [solved, unbounded, unbounded, solved])
+
+
+def test_before_there_are_rates_the_edge_rule_steps_in():
+    """Without third order and with H = [[1, 2], [2, 1]] only the edge rule has an answer; later it is not asked."""
+    quadratic = lambda a, b: a + b + a**2 / 2 + b**2 / 2 + 2 * a * b
+    loss = lambda p, scale: scale * quadratic(**p)
+    params, directions = ({"a": x, "b": x} for x in (jnp.zeros(()), jnp.ones(3)))
+    run = functools.partial(follow, gn.scale_by_grouped_newton(refresh_every=2), loss, params)
+    updates, state = jax.jit(run)(directions, jnp.array([1.0, 1.0, 3.0]))
+    # e = (1, 1), and alpha e with alpha = 1.5 (g e) / (e H e) is 1/2 for both.
+    np.testing.assert_allclose(state.eta, np.full((3, 2), 0.5), rtol=8 * EPS)
+    assert_close(updates, {"a": state.eta[:, 0], "b": state.eta[:, 1]}, rtol=8 * EPS)
+    np.testing.assert_array_equal(state.rejected, [0, 0, 1])
+    np.testing.assert_array_equal(state.status, gn.CubicStatus.UNBOUNDED)
+
+
+def test_without_any_rates_the_step_is_zero_and_the_next_one_refreshes():
+    updates, state = run_polynomial(5, refresh_every=4, h=[-1.0, -1.0, 2.0, 4.0, 4.0])
+    np.testing.assert_allclose(updates, [0, 0, 0.5, 0.5, 0.25], rtol=8 * EPS)
+    np.testing.assert_array_equal(state.rejected, [1, 2, 2, 2, 2])
+    np.testing.assert_array_equal(state.refreshes, [1, 2, 3, 3, 4])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("column", ["c", "g", "h", "t"])
+def test_numbers_that_are_not_finite_are_kept_out_of_rates_and_average(column, bad):
+    fine = {"c": 3.0, "g": 1.0, "h": 2.0, "t": -0.5}
+    columns = {k: [v] * 5 for k, v in fine.items()}
+    columns[column][0] = columns[column][2] = bad
+    updates, state = run_polynomial(5, refresh_every=1, decay=0.5, **columns)
+    eta = 2 * (math.sqrt(5) - 2)  # of h eta + |t| eta^2 / 2 = g
+    np.testing.assert_allclose(updates, [0, eta, eta, eta, eta], rtol=32 * EPS)
+    np.testing.assert_array_equal(state.rejected, [1, 1, 2, 2, 2])
+    np.testing.assert_array_equal(state.refreshes, [0, 1, 1, 2, 3])
+    not_finite, solved = gn.CubicStatus.NOT_FINITE, gn.CubicStatus.SOLVED
+    np.testing.assert_array_equal(state.status, [not_finite, solved, not_finite, solved, solved])
+    average = np.stack([state.loss, state.gbar[:, 0], state.hbar[:, 0, 0], state.third[:, 0]], axis=-1)
+    np.testing.assert_allclose(average[1:], [[3.0, 1.0, 2.0, 0.5]] * 4, rtol=8 * EPS)
+
+
+def test_a_damping_that_is_not_finite_is_kept_out():
+    schedule = lambda step: jnp.where(step == 1, jnp.nan, 1.0 + step)
+    tx = gn.scale_by_grouped_newton(internal_damping=schedule, refresh_every=1)
+    updates, state = jax.jit(functools.partial(follow_polynomial, tx))(polynomial_batches(t=[1.0]), jnp.ones(6))
+    np.testing.assert_array_equal(state.damping, [1, 1, 3, 4, 5, 6])
+    np.testing.assert_array_equal(state.rejected, [0, 1, 1, 1, 1, 1])
+    assert updates[0] == updates[1] > updates[2] > updates[3] > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_direction_that_is_not_finite_gives_a_zero_step(bad):
+    """At a refresh (0, 4) and between (2)."""
+    updates, state = run_polynomial(6, refresh_every=4, u=[bad, 1.0, bad, 1.0, bad, 1.0])
+    np.testing.assert_allclose(updates, [0, 0.5, 0, 0.5, 0, 0.5], rtol=8 * EPS)
+    np.testing.assert_array_equal(state.rejected, [1, 1, 1, 1, 2, 2])
+
+
+def test_a_zero_direction_gives_a_zero_step_and_a_refresh_at_the_next():
+    updates, state = run_polynomial(4, u=[0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(updates, [0, 0, 0.5, 0], rtol=8 * EPS)
+    np.testing.assert_array_equal(state.refreshes, [1, 2, 3, 3])
+    np.testing.assert_array_equal(state.rejected, 0)
+
+
+def test_an_uphill_direction_is_counted_at_each_refresh():
+    """By its own slope, whatever the average says."""
+    updates, state = run_polynomial(5, refresh_every=2, decay=0.5, g=[-1.0, 9.0, -1.0, 9.0, 0.5])
+    np.testing.assert_array_equal(state.uphill, [1, 1, 2, 2, 2])
+    assert np.all(state.eta < 0)
+    np.testing.assert_array_equal(updates, 0)
+
+
+def test_a_product_that_overflows_gives_a_zero_step():
+    tx = gn.scale_by_grouped_newton(rates=constant_rule(1e3))
+    params = jnp.zeros(2, jnp.float16)
+    loss = lambda p: jnp.sum(p.astype(jnp.float32))
+    step = jax.jit(lambda u: tx.update(u, tx.init(params), params, value_fn=loss)[0])
+    np.testing.assert_array_equal(step(jnp.array([1.0, 100.0], jnp.float16)), 0)
+    np.testing.assert_array_equal(step(jnp.array([1.0, 10.0], jnp.float16)), [1e3, 1e4])
+
+
+def test_a_loss_beyond_the_range_of_the_state_is_kept_out(x64):
+    params = jnp.ones(2, jnp.float32)
+    loss = lambda p: 1e300 + jnp.sum(p.astype(jnp.float64))
+    tx = gn.scale_by_grouped_newton()
+    updates, state = jax.jit(lambda u: tx.update(u, tx.init(params), params, value_fn=loss))(params)
+    assert_finite((updates, state))
+    assert (state.rejected, state.refreshes) == (1, 0)
+
+
+def test_the_status_and_rates_of_a_custom_rule_are_judged():
+    """A rule that answers gbar; where the loss is negative it says that it failed, or answers NaN."""
+
+    def rule(status, eta):
+        def rates(summary, damping):
+            fails = summary.loss < 0
+            chosen = jnp.where(fails, status, gn.CubicStatus.HARD_CASE)
+            return gn.CubicSolution(jnp.where(fails, eta, summary.gbar), damping, chosen.astype(jnp.int32))
+
+        return rates
+
+    @jax.jit
+    @jax.vmap
+    def run(*answer):
+        tx = gn.scale_by_grouped_newton(rates=rule(*answer), refresh_every=1)
+        return follow_polynomial(tx, polynomial_batches(c=[1.0, -1.0, 1.0], g=[0.25, 1.0, 0.75]), jnp.ones(6))
+
+    answers = [(gn.CubicStatus.UNBOUNDED, 7.0), (gn.CubicStatus.NOT_FINITE, 7.0), (gn.CubicStatus.SOLVED, math.nan)]
+    updates, state = run(*map(jnp.array, zip(*answers, strict=True)))
+    np.testing.assert_array_equal(updates[:, :3], [[0.25, 0.25, 0.75]] * 3)
+    np.testing.assert_array_equal(state.rejected[:, :3], [[0, 1, 1]] * 3)
+    np.testing.assert_array_equal(state.status[:, 0], gn.CubicStatus.HARD_CASE)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+OPTIMIZERS = {
+    "paper": lambda: optax.chain(
+        optax.trace(0.9), gn.scale_by_grouped_newton(internal_damping=10.0), optax.scale_by_learning_rate(0.03)
+    ),
+    "recipe": gn.grouped_newton,
+}
+
+
+def zero_last_layer():
+    params = tanh_params()
+    return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}, tanh_loss
+
+
+def unused_parameter():
+    return {**tanh_params(), "idle": {"w": jnp.ones((2, 2))}}, tanh_loss
+
+
+def relu_with_squared_loss():
+    def loss(params, batch):
+        x, y = batch
+        hidden = jax.nn.relu(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
+        return jnp.mean((hidden @ params["out"]["w"] + params["out"]["b"][None] - y) ** 2)
+
+    return tanh_params(), loss
+
+
+@pytest.mark.parametrize("problem", [zero_last_layer, unused_parameter, relu_with_squared_loss])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_training_starts_and_goes_on(problem, make):
+    tx, (params, loss) = make(), problem()
+    batches = regression_batches(60)
+    everything = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches)
+
+    @jax.jit
+    def run(params):
+        trained, states, _ = train(tx, loss, params, batches)
+        return states, jax.vmap(lambda p: loss(p, everything))(trained), loss(params, everything), trained
+
+    states, losses, start, trained = run(params)
+    assert_finite((states, losses, trained))
+    assert losses[29] < 0.7 * start
+    assert losses[59] < losses[29]
+    if "idle" in params:
+        np.testing.assert_array_equal(trained["idle"]["w"], 1)
+
+
+def test_a_negated_direction_is_counted_as_uphill_and_moves_nothing():
+    """All rates would be negative and are clipped, so every step refreshes."""
+    tx = gn.grouped_newton(direction=optax.adam(1e-3))
+    run = jax.jit(functools.partial(train, tx, tanh_loss))
+    trained, state, updates = run(tanh_params(), regression_batches(12))
+    assert_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+    assert_equal(at(trained, -1), tanh_params())
+    ours = only_grouped_newton(state)
+    np.testing.assert_array_equal(ours.uphill, np.arange(1, 13))
+    np.testing.assert_array_equal(ours.refreshes, ours.uphill)
+    np.testing.assert_array_equal(ours.rejected, 0)
+    assert_finite(state)
+
+
+def test_a_negated_direction_trains_where_negative_rates_are_allowed():
+    tx = gn.grouped_newton(
+        groups=gn.groups.single, direction=optax.adam(1e-3), rates=gn.cubic_rates(), nonnegative=False
+    )
+    batches = regression_batches(40)
+    trained, state, _ = jax.jit(functools.partial(train, tx, tanh_loss))(tanh_params(), batches)
+    start, end = (tanh_loss(p, at(batches, -1)) for p in (tanh_params(), at(trained, -1)))
+    assert end < 0.7 * start
+    assert only_grouped_newton(state).uphill[-1] > 0
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_training_step_compiles_once(make):
+    tx, traces = make(), []
+
+    @jax.jit
+    def step(params, state, batch, curvature_batch):
+        traces.append(1)
+        grads = jax.grad(tanh_loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: tanh_loss(p, curvature_batch))
+        return optax.apply_updates(params, updates), state
+
+    params, batches, others = tanh_params(), regression_batches(4), regression_batches(4, seed=1)
+    state = tx.init(params)
+    for k in range(4):
+        params, state = step(params, state, at(batches, k), at(others, k))
+    assert len(traces) == 1
+    assert only_grouped_newton(state).count == 4
+    assert tanh_loss(params, at(batches, 0)) < tanh_loss(tanh_params(), at(batches, 0))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(3, 4, rngs=rngs)
+        self.out = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.tanh(self.hidden(x)))
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_training_step_of_an_nnx_optimizer_compiles_once(make):
+    model, traces = Net(nnx.Rngs(0)), []
+    optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+
+    def loss(model, batch):
+        x, y = batch
+        return jnp.mean((model(x) - y) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer, batch, curvature_batch):
+        traces.append(1)
+        value, grads = nnx.value_and_grad(loss)(model, batch)
+        graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+        value_fn = lambda params: loss(nnx.merge(graphdef, params, rest, copy=True), curvature_batch)
+        optimizer.update(model, grads, value_fn=value_fn)
+        return value
+
+    batches, others = regression_batches(12), regression_batches(12, seed=1)
+    start = loss(model, at(batches, 0))
+    for k in range(12):
+        step(model, optimizer, at(batches, k), at(others, k))
+    assert len(traces) == 1
+    assert loss(model, at(batches, 0)) < start
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_update_keeps_shapes_dtypes_and_weak_types_of_the_state(precision, make):
+    tx, params = make(), tanh_params(dtype=jnp.float32)
+    assert_state_is_kept(tx, params)
+    assert_state_is_kept(tx, tanh_params(dtype=jnp.bfloat16))
+    if precision < EPS:
+        assert_state_is_kept(tx, tanh_params(dtype=jnp.float64))
+
+
+def test_weak_types_from_a_rule_and_from_a_schedule_do_not_reach_the_state():
+    rule = lambda summary, damping: gn.CubicSolution(jnp.broadcast_to(jnp.asarray(1.0), (4,)), 0, 0 * damping)
+    assert rule(None, 1.0).eta.weak_type
+    for schedule in (lambda step: step, lambda step: 1.0, lambda step: 2):
+        assert_state_is_kept(gn.scale_by_grouped_newton(rates=rule, internal_damping=schedule), tanh_params())
+
+
+def assert_state_is_kept(tx, params):
+    batch = at(regression_batches(1), 0)
+    loss = lambda p: tanh_loss(p, batch)
+    step = lambda p, state: tx.update(jax.grad(loss)(p), state, p, value_fn=loss)[1]
+    state = tx.init(params)
+    after = jax.eval_shape(step, params, state)
+    kind = lambda x: (x.shape, x.dtype, x.weak_type)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    assert jax.tree.map(kind, state) == jax.tree.map(kind, after)
+    assert not any(x.weak_type for x in jax.tree.leaves(state))
+    jax.eval_shape(lambda go, p, s: lax.cond(go, step, lambda _, s: s, p, s), True, params, state)
+
+
+def test_state_fields_have_names_of_their_own():
+    """Optax finds fields by name in the whole state, and its wrappers use some names themselves."""
+    state = gn.grouped_newton().init(tanh_params())
+    fields = set(gn.GroupedNewtonState._fields)
+    assert fields.isdisjoint({"value", "grad", "learning_rate", "internal_damping"})
+    for name in fields - {"count"}:  # Adam counts too
+        assert optax.tree.get(state, name) is getattr(only_grouped_newton(state), name)
+    assert optax.tree.get(gn.scale_by_grouped_newton().init(tanh_params()), "count") == 0
+
+
+def test_the_state_can_be_donated():
+    tx, params, batch = gn.grouped_newton(), tanh_params(), at(regression_batches(1), 0)
+    loss = lambda p: tanh_loss(p, batch)
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    carry = params, tx.init(params)
+    for _ in range(3):
+        carry = jax.jit(step, donate_argnums=(0, 1))(*carry)
+    assert only_grouped_newton(carry[1]).count == 3
+
+
+def test_optax_maps_over_the_parameters_in_the_state():
+    tx = gn.grouped_newton(groups={"hidden": 0, "out": FROZEN})
+    state = tx.init(tanh_params())
+    mapped = optax.tree.map_params(tx, lambda _: "params", state)
+    assert_equal(only_grouped_newton(mapped), only_grouped_newton(state))
+
+
+recipe_run = jax.jit(lambda params, batches: train(gn.grouped_newton(), tanh_loss, params, batches))
+
+
+def test_vmap_over_seeds_equals_a_loop():
+    seeds = range(3)
+    stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+    params = [tanh_params(seed) for seed in seeds]
+    batches = [regression_batches(12, seed) for seed in seeds]
+    together = jax.jit(jax.vmap(functools.partial(train, gn.grouped_newton(), tanh_loss)))(
+        *map(stack, (params, batches))
+    )
+    for seed in seeds:
+        trained, state, _ = recipe_run(params[seed], batches[seed])
+        assert_close(at(together[0], seed), trained, rtol=1e3 * EPS, atol=1e3 * EPS)
+        ours, alone = only_grouped_newton(at(together[1], seed)), only_grouped_newton(state)
+        np.testing.assert_array_equal(ours.refreshes, alone.refreshes)
+        np.testing.assert_allclose(ours.eta, alone.eta, rtol=1e3 * EPS)
+
+
+def test_float32_training_is_the_same_with_x64_on():
+    params, batches = tanh_params(), regression_batches(12)
+    trained, state, _ = recipe_run(params, batches)
+    with jax.enable_x64(True):
+        trained_x64, state_x64, _ = recipe_run(params, batches)
+    kind = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(kind, state) == jax.tree.map(kind, state_x64)
+    assert_close(trained, trained_x64, rtol=1e3 * EPS, atol=1e3 * EPS)
+    assert_close(only_grouped_newton(state).eta, only_grouped_newton(state_x64).eta, rtol=1e3 * EPS)
+
+
+# --- arguments of update -------------------------------------------------------------------------
+
+
+def trace_update(value_fn=None, *, tx=None, params="default", state=None, direction=None, **extra):
+    """Traces one update without running it."""
+    fine = {"p": jnp.ones(3)}
+    params = fine if isinstance(params, str) else params
+    tx = gn.scale_by_grouped_newton() if tx is None else tx
+    state = tx.init(fine if params is None else params) if state is None else state
+    direction = (fine if params is None else params) if direction is None else direction
+    return jax.eval_shape(lambda u: tx.update(u, state, params, value_fn=value_fn, **extra), direction)
+
+
+def test_extra_arguments_in_the_signature_of_value_fn_are_passed_on_and_others_ignored():
+    seen = set()
+
+    def value_fn(value, batch, *, scale=1.0, rest="default"):
+        seen.add((batch, scale, rest))
+        return sum_of_squares(value)
+
+    # `value` is what value_fn calls its params, and no extra argument for it.
+    trace_update(value_fn, batch="batch", scale=2.0, value=3.0, grad=4.0, other=5.0)
+    assert seen == {("batch", 2.0, "default")}
+
+
+def test_value_fn_may_be_a_partial_a_jitted_function_or_a_bound_method():
+    def loss(offset, params, scale=1.0):
+        return offset + scale * sum_of_squares(params)
+
+    class Task:
+        offset = 1.0
+
+        def loss(self, params, *, scale=1.0):
+            return loss(self.offset, params, scale)
+
+        def __call__(self, params, scale):
+            return loss(self.offset, params, scale)
+
+    callables = [
+        functools.partial(loss, 1.0),
+        functools.partial(Task().loss, scale=7.0),
+        jax.jit(lambda params, scale: loss(1.0, params, scale)),
+        Task().loss,
+        Task(),
+    ]
+    tx, params = gn.scale_by_grouped_newton(), {"p": jnp.ones(3)}
+    losses = jax.jit(
+        lambda scale: [
+            tx.update(params, tx.init(params), params, value_fn=f, scale=scale, unknown=0)[1].loss for f in callables
+        ]
+    )(2.0)
+    assert losses == [7.0] * len(callables)
+
+
+# --- the optimizer -------------------------------------------------------------------------------
+
+
+def test_the_optimizer_equals_the_chain_made_by_hand():
+    """Its defaults are the recipe; updates are equal to the bit."""
+    transform = gn.scale_by_grouped_newton(
+        gn.groups.per_module, refresh_every=10, rates=gn.edge_rates(1.5), summary_decay=0.8, internal_damping=1.0
+    )
+    by_hand = optax.chain(optax.scale_by_adam(), transform, optax.scale_by_learning_rate(1.0))
+    params, batches = tanh_params(), regression_batches(12)
+    expected = jax.jit(functools.partial(train, by_hand, tanh_loss))(params, batches)
+    assert_equal(recipe_run(params, batches), expected)
+
+
+def test_the_optimizer_hands_every_argument_on():
+    schedule = optax.linear_schedule(0.5, 0.1, 6)
+    options = {
+        "internal_damping": lambda step: 5.0 + step,
+        "refresh_every": 2,
+        "rates": gn.cubic_rates(),
+        "summary_decay": 0.5,
+        "nonnegative": False,
+        "method": "nested",
+    }
+    groups = gn.groups.by_path({"b$": "biases", "hidden": FROZEN})
+    tx = gn.grouped_newton(schedule, groups, direction=optax.trace(0.5), **options)
+    transform = gn.scale_by_grouped_newton(groups, **options)
+    by_hand = optax.chain(optax.trace(0.5), transform, optax.scale_by_learning_rate(schedule))
+    params, batches = tanh_params(), regression_batches(6)
+    run = lambda tx: jax.jit(functools.partial(train, tx, tanh_loss))(params, batches)
+    trained, state, updates = run(tx)
+    assert_equal((trained, state, updates), run(by_hand))
+    # And the schedule is one of the step, a factor on all rates.
+    velocity, rate = state[0].trace["out"]["b"], state[1].eta[:, 0]
+    factor = jnp.array([schedule(k) for k in range(6)])
+    np.testing.assert_allclose(updates["out"]["b"], -(factor * rate)[:, None] * velocity, rtol=8 * EPS)
+
+
+STATIC = ("groups", "direction", "refresh_every", "rates", "nonnegative", "method")
+
+
+def test_hyperparameters_can_be_injected():
+    tx = optax.inject_hyperparams(gn.grouped_newton, static_args=STATIC)()
+    params, batches = tanh_params(), regression_batches(12)
+    trained, state, _ = jax.jit(functools.partial(train, tx, tanh_loss))(params, batches)
+    assert_close(trained, recipe_run(params, batches)[0], rtol=1e3 * EPS, atol=1e3 * EPS)
+    assert set(state.hyperparams) == {"learning_rate", "internal_damping", "summary_decay"}
+
+
+def test_injected_hyperparameters_may_change_between_steps():
+    tx = optax.inject_hyperparams(gn.grouped_newton, static_args=STATIC)(
+        groups=gn.groups.single, refresh_every=1, rates=lambda s, damping: gn.CubicSolution(damping[None], damping, 0)
+    )
+    params = {"p": jnp.ones(3)}
+    step = jax.jit(lambda state: tx.update(params, state, params, value_fn=sum_of_squares))
+    state = tx.init(params)
+    state.hyperparams.update(learning_rate=jnp.array(0.5), internal_damping=jnp.array(4.0))
+    updates, state = step(state)
+    np.testing.assert_allclose(updates["p"], -2 * params["p"], rtol=1e2 * EPS)  # Adam's first direction is the sign
+    assert only_grouped_newton(state).damping == 4.0
+
+
+def test_clipping_and_weight_decay_belong_in_the_direction_and_plateaus_after_the_optimizer():
+    direction = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+    tx = optax.chain(gn.grouped_newton(direction=direction), optax.contrib.reduce_on_plateau(patience=1, rtol=1.0))
+    params, batches = tanh_params(), regression_batches(6)
+
+    def step(carry, batch):
+        params, state, alone = carry
+        loss, grads = jax.value_and_grad(tanh_loss)(params, batch)
+        u, alone = direction.update(grads, alone, params)
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: tanh_loss(p, batch), value=loss)
+        carry = optax.apply_updates(params, updates), state, alone
+        return carry, (u, updates, only_grouped_newton(state).eta, state[1].scale)
+
+    u, updates, eta, factor = jax.jit(lambda p: lax.scan(step, (p, tx.init(p), direction.init(p)), batches)[1])(params)
+    assert factor[-1] < factor[0]
+    for g, layer in enumerate(("hidden", "out")):
+        rate = (factor * eta[:, g])[:, None]
+        np.testing.assert_allclose(updates[layer]["b"], -rate * u[layer]["b"], rtol=1e2 * EPS, atol=EPS)
+
+
+def test_wrappers_that_trace_more_accept_the_optimizer():
+    """Accumulated gradients, and injected options that the static arguments don't name."""
+    inject = optax.inject_hyperparams(gn.grouped_newton, static_args=("groups", "direction", "rates"))
+    for tx in (optax.MultiSteps(gn.grouped_newton(), 2), inject()):
+        jax.eval_shape(functools.partial(train, tx, tanh_loss), tanh_params(), regression_batches(2))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [gn.scale_by_grouped_newton, gn.grouped_newton])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"refresh_every": 0}, ValueError, "refresh_every must be an integer of at least 1, got 0"),
+        ({"refresh_every": -10}, ValueError, "refresh_every must be an integer of at least 1, got -10"),
+        ({"refresh_every": 2.5}, ValueError, r"refresh_every must be an integer of at least 1, got 2\.5"),
+        ({"internal_damping": -1.0}, ValueError, r"internal_damping must be finite and at least 0, got -1\.0"),
+        ({"internal_damping": math.nan}, ValueError, "internal_damping must be finite and at least 0, got nan"),
+        ({"internal_damping": math.inf}, ValueError, "internal_damping must be finite and at least 0, got inf"),
+        ({"summary_decay": 1.0}, ValueError, r"summary_decay must be in \[0, 1\), got 1\.0"),
+        ({"summary_decay": -0.1}, ValueError, r"summary_decay must be in \[0, 1\), got -0\.1"),
+        ({"method": "swap"}, ValueError, r"method must be one of .*nested.*, got 'swap'"),
+        ({"rates": 0.1}, TypeError, r"rates must be a function .* such as edge_rates\(\), got 0\.1"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("direction", [0.1, optax.adam])
+def test_a_direction_that_is_no_transformation_is_refused(direction):
+    with pytest.raises(TypeError, match=r"direction must be .* such as optax.scale_by_adam\(\), got "):
+        gn.grouped_newton(direction=direction)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"value_fn": None}, ValueError, r"update needs value_fn, .*value_fn=lambda p: loss\(p, curvature_batch\)"),
+        ({"value_fn": 3.0}, TypeError, r"value_fn must be a function from params to the loss, got 3\.0"),
+        ({"value_fn": lambda p: (sum_of_squares(p), {})}, TypeError, r"one real number, got .*loss_fn\(params\)\[0\]"),
+        (
+            {"value_fn": lambda p: p["p"] ** 2},
+            ValueError,
+            r"one real number, got an array of shape \(3,\); take its mean",
+        ),
+        (
+            {"value_fn": lambda p: 1j * sum_of_squares(p)},
+            TypeError,
+            "must return a real floating-point number, got dtype complex64",
+        ),
+        ({"params": None}, ValueError, r"update needs the current params: tx.update\(grads, state, params, value_fn"),
+        ({"params": {"p": jnp.ones(3, complex)}}, TypeError, "parameter p has dtype complex64"),
+        ({"params": {"p": jnp.arange(3)}}, TypeError, r"parameter p has dtype int32.*FROZEN"),
+        ({"tx": gn.scale_by_grouped_newton({"q": 0})}, ValueError, "label tree has no label for parameter p"),
+        ({"tx": gn.scale_by_grouped_newton({"p": FROZEN})}, ValueError, "all 1 parameters are frozen"),
+        ({"direction": {}}, ValueError, "the direction has 0 arrays and the params have 1"),
+        ({"direction": {"p": jnp.ones(2)}}, ValueError, r"the direction has shape \(2,\) at parameter p, which has"),
+    ],
+)
+def test_bad_arguments_of_update_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        trace_update(**{"value_fn": sum_of_squares, **arguments})
+
+
+def test_a_grouping_that_does_not_fit_later_params_is_refused():
+    tx = gn.scale_by_grouped_newton({"p": 0})
+    with pytest.raises(ValueError, match="label tree has no label for parameter q"):
+        trace_update(sum_of_squares, tx=tx, state=tx.init({"p": jnp.ones(3)}), params={"q": jnp.ones(3)})
+
+
+def test_a_state_of_another_grouping_is_refused():
+    params = {"p": jnp.ones(3), "q": jnp.ones(2)}
+    state = gn.scale_by_grouped_newton(gn.groups.single).init(params)
+    with pytest.raises(ValueError, match=r"the state has 1 rates and the grouping makes 2 groups .*; call init with"):
+        trace_update(sum_of_squares, state=state, params=params)
+
+
+def test_masking_wrappers_are_refused_and_pointed_to_frozen():
+    params = {"p": jnp.ones(3), "q": jnp.ones(2)}
+    tx = gn.scale_by_grouped_newton()
+    wrapped = [
+        optax.masked(tx, {"p": True, "q": False}),
+        optax.partition({"newton": tx, "sgd": optax.sgd(0.1)}, {"p": "newton", "q": "sgd"}),
+    ]
+    for outer in wrapped:
+        with pytest.raises(ValueError, match=r"inside optax.masked or optax.partition.*grouped_newton.groups.FROZEN"):
+            outer.init(params)
+    masked = {"p": jnp.ones(3), "q": optax.MaskedNode()}
+    with pytest.raises(ValueError, match=r"some params are optax\.MaskedNode"):
+        trace_update(sum_of_squares, params=masked, state=tx.init({"p": jnp.ones(3)}))
