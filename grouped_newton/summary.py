@@ -1,4 +1,4 @@
-"""The summary of the loss along a direction: its definition by nested ``jax.jvp``.
+"""The summary of the loss along a direction, and its definition by nested ``jax.jvp``.
 
   theta       params, a pytree of P numbers; u the direction, alike; u_s: u on group s, zero elsewhere
   phi(eta)  = L(theta - sum_s eta_s u_s), a function of S numbers
@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grouped_newton import groups as _groups
+from grouped_newton.sweep import sweep
 
-METHODS = ("nested", "sweep")
+METHODS = ("sweep", "nested")
 
 
 class Summary(NamedTuple):
@@ -47,7 +48,9 @@ def summarize(
     direction: Any,
     groups: _groups.Grouping = _groups.per_tensor,
     *,
-    method: str = "nested",
+    method: str = "sweep",
+    order: int = 3,
+    max_stack: int | None = None,
 ) -> Summary:
     """Exact first, second and diagonal third derivatives along a direction, by group.
 
@@ -64,17 +67,21 @@ def summarize(
       direction: u, of the same structure and shapes, not negated: the gradient,
         for plain descent. It is cast to the dtypes of the params.
       groups: a grouping, see :mod:`grouped_newton.groups`.
-      method: ``"nested"``, the definition above.
+      method: ``"sweep"`` (one adjoint pass and one forward pass for all groups)
+        or ``"nested"``, the definition above by nested ``jax.jvp``: the same
+        numbers, several times slower.
+      order: 3, or 2 to leave ``third`` at zero for about two thirds of the price.
+      max_stack: the most tangents that the sweep carries at once, at least 2, to
+        bound its memory; more time, the same numbers. None carries all S.
 
     Returns:
       A :class:`Summary` in the widest dtype of the params, at least float32.
 
     Raises:
       ValueError: if params and direction don't match, ``value_fn`` doesn't
-        return a scalar, or the grouping doesn't fit.
+        return a scalar, the grouping doesn't fit, or an option is out of range.
       TypeError: if ``value_fn`` returns something else than one real number, or
         the direction isn't real.
-      NotImplementedError: for ``method="sweep"``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,20 +95,19 @@ def summarize(
       P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
-    if method == "sweep":
-        raise NotImplementedError('method="sweep" comes in a later version; use method="nested"')
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_options(method, order, max_stack)
     partition = _groups.resolve(groups, params)
     dtype = summary_dtype(params, partition)
     theta, treedef = jax.tree.flatten(params)
     theta = [x if g < 0 else jnp.asarray(x) for x, g in zip(theta, partition.index, strict=True)]
     u = matching_leaves(direction, params, partition)
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
-    return _nested(loss_of_leaves, theta, u, partition, dtype)
+    if method == "nested":
+        return _nested(loss_of_leaves, theta, u, partition, dtype, order)
+    return Summary(*sweep(loss_of_leaves, theta, u, partition.index, partition.num_groups, dtype, order, max_stack))
 
 
-def _nested(loss, theta, u, partition, dtype):
+def _nested(loss, theta, u, partition, dtype, order):
     """The definition; ``loss`` is a function of the list of leaves."""
 
     def restricted_to(leaves):
@@ -132,11 +138,25 @@ def _nested(loss, theta, u, partition, dtype):
 
         own = partition.members(s)
         f, x = restricted_to(own)
-        third.append(_third_derivative(f, x, [u[i] for i in own]))
+        third.append(_third_derivative(f, x, [u[i] for i in own]) if order == 3 else jnp.zeros((), dtype))
     if value is None:
         return zeros(0, dtype)._replace(loss=loss(theta).astype(dtype))
     upper = jnp.stack(rows)
     return Summary(value.astype(dtype), gbar, upper + jnp.triu(upper, 1).T, jnp.stack(third).astype(dtype))
+
+
+def check_options(method: str, order: int, max_stack: int | None) -> None:
+    """Raises a ValueError that says which option of :func:`summarize` is out of range."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3, got {order!r}")
+    if max_stack is None:
+        return
+    if not isinstance(max_stack, int) or isinstance(max_stack, bool) or max_stack < 2:
+        raise ValueError(f"max_stack must be None or an integer of at least 2, got {max_stack!r}")
+    if method != "sweep":
+        raise ValueError(f'max_stack bounds the tangents of method="sweep", got it with method={method!r}')
 
 
 def _third_derivative(f, theta, u):

@@ -12,7 +12,7 @@ from jax import lax
 from grouped_newton import groups as _groups
 from grouped_newton import rates as _rates
 from grouped_newton.cubic import CubicStatus
-from grouped_newton.summary import METHODS, Summary, running_average, summarize, summary_dtype, zeros
+from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
 
 
 class GroupedNewtonState(NamedTuple):
@@ -53,7 +53,8 @@ def scale_by_grouped_newton(
     rates: _rates.RateRule = _rates.cubic_rates(),
     summary_decay: float = 0.0,
     nonnegative: bool = True,
-    method: str = "nested",
+    method: str = "sweep",
+    max_stack: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each group of the incoming direction by its own Newton rate.
 
@@ -87,6 +88,7 @@ def scale_by_grouped_newton(
         per refresh; 0 uses the latest summary alone.
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
+      max_stack: bounds the memory of a refresh, see :func:`summarize`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -112,7 +114,8 @@ def scale_by_grouped_newton(
       P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
-    _check_arguments(internal_damping, refresh_every, rates, summary_decay, method)
+    _check_arguments(internal_damping, refresh_every, rates, summary_decay)
+    check_options(method, 3, max_stack)
     damping_at = internal_damping if callable(internal_damping) else lambda _: internal_damping
 
     def init(params):
@@ -142,7 +145,7 @@ def scale_by_grouped_newton(
         loss_fn = _with_arguments(value_fn, extra_args)
 
         def refresh(state):
-            summary = summarize(loss_fn, params, updates, groups, method=method)
+            summary = summarize(loss_fn, params, updates, groups, method=method, max_stack=max_stack)
             return _refreshed(state, summary, damping_at(state.count), rates, summary_decay)
 
         due = (state.count % refresh_every == 0) | jnp.all(state.eta == 0)
@@ -166,7 +169,8 @@ def grouped_newton(
     rates: _rates.RateRule = _rates.edge_rates(1.5),
     summary_decay: float = 0.8,
     nonnegative: bool = True,
-    method: str = "nested",
+    method: str = "sweep",
+    max_stack: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that computes its learning rates, one per group of parameters.
 
@@ -190,6 +194,7 @@ def grouped_newton(
       summary_decay: weight in [0, 1) of the past in the average, per refresh.
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
+      max_stack: bounds the memory of a refresh, see :func:`summarize`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` needs ``params``
@@ -210,7 +215,7 @@ def grouped_newton(
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
       ...     return optax.apply_updates(params, updates), state
-      >>> for _ in range(100):
+      >>> for _ in range(200):
       ...     params, state = step(params, state)
       >>> bool(loss(params) < 1e-3)
       True
@@ -233,6 +238,7 @@ def grouped_newton(
             summary_decay=summary_decay,
             nonnegative=nonnegative,
             method=method,
+            max_stack=max_stack,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -303,7 +309,7 @@ def _check_update_arguments(params, value_fn):
         raise TypeError(f"value_fn must be a function from params to the loss, got {value_fn!r}")
 
 
-def _check_arguments(internal_damping, refresh_every, rates, summary_decay, method):
+def _check_arguments(internal_damping, refresh_every, rates, summary_decay):
     def known(value):  # optax.inject_hyperparams traces numbers
         return not isinstance(value, jax.core.Tracer)
 
@@ -317,5 +323,3 @@ def _check_arguments(internal_damping, refresh_every, rates, summary_decay, meth
         raise TypeError(
             f"rates must be a function (summary, damping) -> CubicSolution, such as edge_rates(), got {rates!r}"
         )
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")

@@ -175,17 +175,28 @@ def test_status_tells_which_case(S, precision):
     assert np.all(curvature[of_case("hard", S)] < ROUNDING)
 
 
+def numerically_singular(S):
+    """H of half rank, exactly, and d that may be next to nothing on its kernel: rounding decides what there is."""
+    rng = np.random.default_rng(S)
+    g, _, d, lam = _generic(np.ones((INSTANCES[S] * len(CASES), S)), rng)
+    problems = _exact_sizes((g, _singular(S, len(g), rng), d, lam), rng)
+    return [x.astype(jnp.result_type(float)) for x in problems]
+
+
 @pytest.mark.parametrize("S", [2, 6])
 def test_numbers_stay_finite_where_rounding_decides(S, precision):
-    rng = np.random.default_rng(S)
-    signs = np.ones((INSTANCES[S] * len(CASES), S))
-    g, _, d, lam = _generic(signs, rng)  # d may be next to nothing on the kernel of H
-    problems = _exact_sizes((g, _singular(S, len(g), rng), d, lam), rng)
-    eta, radius, status = solve_each(*(x.astype(jnp.result_type(float)) for x in problems))
+    eta, radius, status = map(np.asarray, solve_each(*numerically_singular(S)))
     assert np.all(np.isfinite(eta))
     assert np.all(np.isfinite(radius))
-    assert np.all(np.asarray(eta)[status == UNBOUNDED] == 0)
-    assert np.mean(status == UNBOUNDED) < 0.05
+    assert np.all(eta[status == UNBOUNDED] == 0)
+    assert np.mean(status == UNBOUNDED) < 0.01
+
+
+@pytest.mark.parametrize("S", [2, 6])
+def test_singular_curvature_without_damping_has_no_minimum(S, precision):
+    g, H, d, lam = numerically_singular(S)
+    for problem in ((g, H, d, 0 * lam), (g, H, 0 * d, lam)):
+        assert np.all(solve_each(*problem).status == UNBOUNDED)
 
 
 @pytest.mark.parametrize("S", [1, 2, 3, 6])
@@ -292,12 +303,13 @@ def test_hard_case_is_told_and_completed_where_nothing_rounds(precision):
     np.testing.assert_allclose(solution.eta, [t, 1 / 2, 1 / 3], rtol=8 * precision)
 
 
-def test_least_slope_decides_the_sign_in_one_dimension(precision):
+@pytest.mark.parametrize("curvature", [-1, -1e10])
+def test_least_slope_decides_the_sign_in_one_dimension(curvature, precision):
     shape = solved(1)[0][0].shape
     g = np.resize([1e-30, -1e-30, 1e-10, -1e-10, 1.0, -1.0], shape)
-    solution = solve_each(*arrays(g, -np.ones((*shape, 1)), np.ones(shape), np.ones(len(g))))
+    solution = solve_each(*arrays(g, np.full((*shape, 1), curvature), np.ones(shape), np.ones(len(g))))
     np.testing.assert_array_equal(np.sign(solution.eta), np.sign(g))
-    assert np.all(solution.status == SOLVED)
+    assert np.all(solution.status < UNBOUNDED)
 
 
 def test_no_slope_and_positive_curvature_is_no_step(precision):

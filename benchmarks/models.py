@@ -1,0 +1,205 @@
+"""Losses to measure on: name -> (loss of params, params, grouping). Plain JAX, random data, batch 100."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import grouped_newton as gn
+
+
+class Model(NamedTuple):
+    """A loss of the params, where to take it, and its groups."""
+
+    loss: Callable
+    params: Any
+    groups: Any
+
+
+class _Init:
+    """Makes parameters with the usual scale, one key after another."""
+
+    def __init__(self, seed):
+        self.key, self.count = jax.random.key(seed), 0
+
+    def __call__(self, *shape, fan_in=None, scale=1.0):
+        self.count += 1
+        key = jax.random.fold_in(self.key, self.count)
+        return scale * jax.random.normal(key, shape) / math.sqrt(fan_in or math.prod(shape[:-1]))
+
+
+def _cross_entropy(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
+
+
+def mlp(widths, groups, batch=100, seed=0):
+    """tanh layers of the given widths."""
+    init = _Init(seed)
+    x, y = init(batch, widths[0], fan_in=1), jnp.arange(batch) % widths[-1]
+    shapes = list(itertools.pairwise(widths))
+    params = {f"layer_{i}": {"w": init(a, b), "b": init(b, scale=0.1)} for i, (a, b) in enumerate(shapes)}
+
+    def loss(params):
+        h = x
+        for i in range(len(shapes)):
+            h = h @ params[f"layer_{i}"]["w"] + params[f"layer_{i}"]["b"][None]
+            h = jnp.tanh(h) if i + 1 < len(shapes) else h
+        return _cross_entropy(h, y)
+
+    return Model(loss, params, groups)
+
+
+def _conv(x, w, stride=1, padding="SAME"):
+    return lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _max_pool(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def lenet(batch=100, seed=0):
+    """6-16-120-84-10 on 32 x 32 x 3, tanh."""
+    init = _Init(seed)
+    x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
+    params = {"conv_0": {"w": init(5, 5, 3, 6), "b": init(6)}, "conv_1": {"w": init(5, 5, 6, 16), "b": init(16)}}
+    for i, (a, b) in enumerate([(400, 120), (120, 84), (84, 10)]):
+        params[f"dense_{i}"] = {"w": init(a, b), "b": init(b)}
+
+    def loss(params):
+        h = x
+        for i in range(2):
+            p = params[f"conv_{i}"]
+            h = _max_pool(jnp.tanh(_conv(h, p["w"], padding="VALID") + p["b"][None, None, None]))
+        h = h.reshape(batch, -1)
+        for i in range(3):
+            p = params[f"dense_{i}"]
+            h = h @ p["w"] + p["b"][None]
+            h = jnp.tanh(h) if i < 2 else h
+        return _cross_entropy(h, y)
+
+    return Model(loss, params, gn.groups.per_tensor)
+
+
+def vgg11(batch=100, seed=0):
+    """VGG-11 with one dense layer and ELU, on 32 x 32 x 3."""
+    init = _Init(seed)
+    x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
+    plan = [64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"]
+    widths = [3, *(c for c in plan if c != "pool")]
+    params = {
+        f"conv_{i}": {"w": init(3, 3, a, b), "b": init(b, scale=0.1)}
+        for i, (a, b) in enumerate(itertools.pairwise(widths))
+    }
+    params["dense"] = {"w": init(512, 10), "b": init(10)}
+
+    def loss(params):
+        h, i = x, 0
+        for step in plan:
+            if step == "pool":
+                h = _max_pool(h)
+            else:
+                p = params[f"conv_{i}"]
+                h, i = jax.nn.elu(_conv(h, p["w"]) + p["b"][None, None, None]), i + 1
+        return _cross_entropy(h.reshape(batch, -1) @ params["dense"]["w"] + params["dense"]["b"][None], y)
+
+    return Model(loss, params, gn.groups.per_tensor)
+
+
+def resnet18(batch=100, width=16, seed=0):
+    """ResNet-18's eight blocks, 16 to 128 channels, BatchNorm in training mode, on 32 x 32 x 3."""
+    init = _Init(seed)
+    x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
+
+    def conv_bn(a, b, size=3):
+        return {"w": init(size, size, a, b), "scale": 1 + init(b, scale=0.1), "bias": init(b, scale=0.1)}
+
+    params = {"stem": conv_bn(3, width)}
+    channels = width
+    for k in range(8):
+        out = width * 2 ** (k // 2)
+        block = {"first": conv_bn(channels, out), "second": conv_bn(out, out)}
+        if out != channels:
+            block["shortcut"] = conv_bn(channels, out, 1)
+        params[f"block_{k}"], channels = block, out
+    params["dense"] = {"w": init(channels, 10), "b": init(10)}
+
+    def apply(p, h, stride=1):
+        h = _conv(h, p["w"], stride)
+        mean = jnp.mean(h, (0, 1, 2), keepdims=True)
+        variance = jnp.mean((h - mean) ** 2, (0, 1, 2), keepdims=True)
+        return (h - mean) * lax.rsqrt(variance + 1e-5) * p["scale"][None, None, None] + p["bias"][None, None, None]
+
+    def loss(params):
+        h = jax.nn.relu(apply(params["stem"], x))
+        for k in range(8):
+            p = params[f"block_{k}"]
+            stride = 2 if "shortcut" in p else 1
+            z = apply(p["second"], jax.nn.relu(apply(p["first"], h, stride)))
+            h = jax.nn.relu(z + (apply(p["shortcut"], h, stride) if "shortcut" in p else h))
+        return _cross_entropy(jnp.mean(h, (1, 2)) @ params["dense"]["w"] + params["dense"]["b"][None], y)
+
+    return Model(loss, params, gn.groups.per_module)
+
+
+def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, scanned=False, seed=0):
+    """A causal language model; a group a block, or scanned over stacked layers with a group a tensor."""
+    init = _Init(seed)
+    tokens = jax.random.randint(jax.random.key(seed + 1), (batch, length + 1), 0, vocabulary)
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    block = lambda: {
+        "norm_1": 1 + init(d, scale=0.1),
+        "qkv": init(d, 3 * d),
+        "out": init(d, d),
+        "norm_2": 1 + init(d, scale=0.1),
+        "w_1": init(d, 4 * d),
+        "b_1": init(4 * d, scale=0.1),
+        "w_2": init(4 * d, d),
+    }
+    params = {"embed": {"tokens": init(vocabulary, d, fan_in=1), "positions": init(length, d, fan_in=1)}}
+    blocks = [block() for _ in range(layers)]
+    params |= (
+        {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
+        if scanned
+        else {f"block_{i}": b for i, b in enumerate(blocks)}
+    )
+    params["head"] = {"norm": 1 + init(d, scale=0.1), "w": init(d, vocabulary)}
+
+    def norm(h, gain):
+        centred = h - jnp.mean(h, -1, keepdims=True)
+        return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5) * gain[None, None]
+
+    def apply(p, h):
+        q, k, v = jnp.split(norm(h, p["norm_1"]) @ p["qkv"], 3, -1)
+        q, k, v = (x.reshape(batch, length, heads, d // heads) for x in (q, k, v))
+        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(d // heads)
+        attention = jax.nn.softmax(jnp.where(mask, scores, -1e9))
+        h = h + jnp.einsum("bhqk,bkhc->bqhc", attention, v).reshape(batch, length, d) @ p["out"]
+        return h + jax.nn.gelu(norm(h, p["norm_2"]) @ p["w_1"] + p["b_1"][None, None]) @ p["w_2"]
+
+    def loss(params):
+        h = params["embed"]["tokens"][tokens[:, :-1]] + params["embed"]["positions"][None]
+        if scanned:
+            h, _ = lax.scan(lambda h, p: (apply(p, h), None), h, params["blocks"])
+        else:
+            for i in range(layers):
+                h = apply(params[f"block_{i}"], h)
+        return _cross_entropy(norm(h, params["head"]["norm"]) @ params["head"]["w"], tokens[:, 1:])
+
+    return Model(loss, params, gn.groups.per_tensor if scanned else gn.groups.per_module)
+
+
+MODELS = {
+    "mlp": lambda: mlp([784, 1024, 200, 100, 10], gn.groups.per_tensor),
+    "mlp, a group a layer": lambda: mlp([784, 1024, 200, 100, 10], gn.groups.per_module),
+    "lenet": lenet,
+    "mlp 20 x 1024": lambda: mlp([3072, *[1024] * 20, 10], gn.groups.per_tensor),
+    "vgg-11": vgg11,
+    "transformer, 4 blocks": transformer,
+    "transformer, 4 scanned": lambda: transformer(scanned=True),
+    "transformer, 12 scanned": lambda: transformer(layers=12, scanned=True),
+    "resnet-18, batch norm": resnet18,
+}
