@@ -18,9 +18,10 @@ mu is bracketed by its exponent with Cholesky factors of a matrix with a unit-si
 diagonal; and at sigma, at the top of the bracket, where M(sigma) is safely positive
 definite, the pencil (M(sigma), D^2) is diagonalised. A zero in d is then a zero
 eigenvalue gamma, no threshold. The root is measured from the pole, so that every
-denominator is a sum of non-negative terms, and bisected on the bits of a float. What
-the eigenvectors mix up by rounding, a group beside another that matters 1/eps times
-as much, is put right by a few Newton steps on the equation itself.
+denominator is a sum of non-negative terms, and bisected on the bits of a float. The
+eigenvectors mix the groups by a rounding error of the largest, which spoils a group
+beside others that matter far more; a few Newton steps on the equation itself, row by
+row, put that right.
 """
 
 import enum
@@ -247,10 +248,10 @@ def _refined(eta, g, H, d, kappa, j):
 
 def _bisect(is_below_root, dtype):
     """The largest positive float below the root, by bisection on its bits; and whether the root is below them all."""
-    bits_type = jnp.int32 if jnp.finfo(dtype).bits == 32 else jnp.int64
+    info, bits_type = _float_layout(dtype)
     to_bits = lambda x: lax.bitcast_convert_type(jnp.asarray(x, dtype), bits_type)
     to_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
-    low, high = to_bits(jnp.finfo(dtype).tiny), to_bits(1.0)
+    low, high = to_bits(info.tiny), to_bits(1.0)
 
     def halve(_, bracket):
         low, high = bracket
@@ -258,8 +259,7 @@ def _bisect(is_below_root, dtype):
         below = is_below_root(to_float(mid))
         return jnp.where(below, mid, low), jnp.where(below, high, mid)
 
-    steps = {32: 30, 64: 62}[jnp.finfo(dtype).bits]
-    found, _ = lax.fori_loop(0, steps, halve, (low, high))
+    found, _ = lax.fori_loop(0, info.bits - 2, halve, (low, high))
     return to_float(found), ~is_below_root(to_float(low))
 
 
@@ -280,7 +280,7 @@ def _solve_transposed(L, x):
 def norm(x):
     """||x|| without overflow or underflow of the squares."""
     # By a power of two: a quotient of quotients is compiled into one with a product below, which may underflow.
-    k = _exponent(jnp.max(jnp.abs(x)))
+    k = _exponent(jnp.max(jnp.abs(x), initial=0))
     return _ldexp(jnp.sqrt(jnp.sum(_ldexp(x, -k) ** 2)), k)
 
 

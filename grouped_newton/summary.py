@@ -62,7 +62,9 @@ def summarize(
 
     Args:
       value_fn: the loss L, from params to one real number. It may close over a
-        batch, dropout keys or statistics.
+        batch, dropout keys or statistics. Where it uses ``jax.custom_vjp``, the
+        sweep differentiates the function and not its rule; ``jax.custom_jvp``
+        rules are followed.
       params: theta, a pytree of real floating-point arrays; dtypes may differ.
       direction: u, of the same structure and shapes, not negated: the gradient,
         for plain descent. It is cast to the dtypes of the params.

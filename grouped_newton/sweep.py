@@ -37,9 +37,9 @@ from jax import lax
 
 JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
 REMAT = {"remat", "remat2", "checkpoint"}
-CALLS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call", *REMAT}
 # A custom_vjp hides a function that can be differentiated as it stands; forward mode would refuse the rule.
-CALLS |= {"custom_vjp_call", "custom_vjp_call_jaxpr"}
+CUSTOM_VJP = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
+CALLS = {"jit", "pjit", "closed_call", *REMAT, *CUSTOM_VJP}
 ELEMENTWISE = set(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp"  # noqa: SIM905
     " convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow"
@@ -92,23 +92,47 @@ def sweep(
 
     ``index`` has the group of every leaf, -1 for none; order 2 leaves third at zero. ``max_stack`` bounds the tangents
     that are carried at once: with fewer than S, the groups go in chunks of half as many, every pair of chunks once.
+    A frozen leaf may be anything.
     """
-    program = build(jax.make_jaxpr(loss)(theta), [g >= 0 for g in index])
+    moving = [i for i, g in enumerate(index) if g >= 0]
+    at, u, index = ([x[i] for i in moving] for x in (theta, u, index))
+    restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
+    closed = jax.make_jaxpr(restricted)(at)
+    try:
+        return _sweep(closed, at, u, index, num_groups, dtype, order, max_stack)
+    except Exception as error:
+        if _has_custom_vjp(closed.jaxpr):
+            error.add_note(
+                "The loss has a custom_vjp: its rule gives no higher derivatives, so the summary differentiates the"
+                " function that it wraps, which must have derivatives itself."
+            )
+        raise
+
+
+def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
+    program = build(closed, [True] * len(at))
     rank = _ranks_by_first_use(program, index, num_groups)
-    env = primal(program, theta)
+    env = primal(program, at)
     (out,) = program.jaxpr.outvars
     value = jnp.asarray(_read(env, out))
-    lam = adjoint(program, env, [(out, jnp.ones((), value.dtype))]) if program.active_outs[0] else {}
+    # A tangent through half precision has its rounding; the adjoints of the parameters let it average out.
+    half = any(_is_half(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars)
+    wanted = frozenset(program.jaxpr.invars if half else ())
+    lam = adjoint(program, env, [(out, jnp.ones((), value.dtype))], wanted) if program.active_outs[0] else {}
 
     def one_pass(ranks, order, u):
         leaves = zip(program.jaxpr.invars, u, index, strict=True)
-        first = {v: Stack((rank[g],), x[None]) for v, x, g in leaves if g >= 0 and rank[g] in ranks}
+        first = {v: Stack((rank[g],), x[None]) for v, x, g in leaves if rank[g] in ranks}
         sums = Sums(num_groups, dtype)
         first, _ = tangent(program, env, lam, first, {}, sums, order)
-        slopes = _placed(first[out], num_groups, dtype) if _is_active(first, out) else jnp.zeros((num_groups,), dtype)
-        return slopes, *sums.totals()
+        for v, x, g in zip(program.jaxpr.invars, u, index, strict=True):
+            if half and v in lam:
+                sums.add_gbar(Stack((rank[g],), _inner(lam[v][None], x[None])))
+        if not half and _is_active(first, out):
+            sums.add_gbar(first[out])
+        return sums.totals()
 
-    found = jnp.zeros((num_groups,), dtype), *Sums(num_groups, dtype).totals()
+    found = Sums(num_groups, dtype).totals()
     covered: set[int] = set()
     for ranks in _passes(num_groups, max_stack):
         # The barrier keeps the tangents of two passes from living at the same time.
@@ -123,6 +147,7 @@ def sweep(
             jnp.where(here, third, found[2]) if new else found[2],
         )
     gbar, hbar, third = found
+    hbar = (hbar + hbar.T) / 2  # symmetric but for rounding
     in_order = jnp.array(rank, jnp.int32)
     return value.astype(dtype), gbar[in_order], hbar[in_order][:, in_order], third[in_order]
 
@@ -141,7 +166,7 @@ def _passes(num_groups, max_stack):
 
 def build(closed: Any, active: Sequence[bool]) -> Program:
     """Opens the calls of a closed jaxpr and sorts its equations into nodes."""
-    closed = _open_calls(closed)
+    closed = _open_calls(closed, active)
     jaxpr = closed.jaxpr
     eqns = _live_equations(jaxpr)
     nodes: list[Node] = []
@@ -165,9 +190,9 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
     for k, eqn in enumerate(eqns):
         operands = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal) and v in root))
         outs = [v for v in eqn.outvars if v in carriers]
-        elementwise = _is_elementwise(eqn, operands)
         if not outs:
             continue
+        elementwise = _is_elementwise(eqn, operands)
         if not elementwise or len({root[v] for v in operands}) > 1:
             operands = [v for v in operands if materialise(v)]
         if not operands:
@@ -195,31 +220,58 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
     return Program(jaxpr.replace(eqns=eqns), closed.consts, _live_nodes(nodes, jaxpr.outvars), scans, active_outs)
 
 
-def _open_calls(closed):
-    """The same function without calls, and with x / y as x * (1 / y), which is bilinear."""
+def _open_calls(closed, active=None):
+    """The same function without calls, and with x / y as x * (1 / y), which is bilinear, where y may be active."""
 
-    def evaluate(jaxpr, consts, args):
+    def evaluate(jaxpr, consts, args, active):
         env = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
+        reached = {v for v, is_active in zip(jaxpr.invars, active, strict=True) if is_active}
         for eqn in jaxpr.eqns:
             values = [_read(env, v) for v in eqn.invars]
+            flags = [_variable(v) in reached for v in eqn.invars]
             body = next((p for p in eqn.params.values() if isinstance(p, JAXPRS)), None)
             if eqn.primitive.name in CALLS and body is not None:
                 closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
-                outs = evaluate(closed.jaxpr, closed.consts, values)
-            elif (
-                eqn.primitive.name == "div"
-                and not isinstance(eqn.invars[1], jex.Literal)
-                and _is_float(eqn.outvars[0].aval)
-            ):
-                outs = [values[0] * lax.integer_pow(values[1], -1)]
+                outs, out_flags = evaluate(closed.jaxpr, closed.consts, values, flags)
             else:
-                outs = _evaluate(eqn, jaxpr, values)
+                out_flags = [any(flags)] * len(eqn.outvars)
+                # 1 / y leaves the range of half precision where x / y doesn't.
+                if eqn.primitive.name == "div" and flags[1] and not _is_half(eqn.outvars[0].aval):
+                    outs = [values[0] * lax.integer_pow(values[1], -1)]
+                else:
+                    outs = _evaluate(_with_open_branches(eqn), jaxpr, values)
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [_read(env, v) for v in jaxpr.outvars]
+            reached.update(v for v, is_active in zip(eqn.outvars, out_flags, strict=True) if is_active)
+        return [_read(env, v) for v in jaxpr.outvars], [_variable(v) in reached for v in jaxpr.outvars]
 
+    active = [False] * len(closed.in_avals) if active is None else active
     avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals]
-    return jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args))(*avals)
+    return jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args, active)[0])(*avals)
+
+
+def _with_open_branches(eqn):
+    """A cond whose branches hold no custom_vjp, which forward mode refuses there too."""
+    branches = eqn.params.get("branches")
+    if eqn.primitive.name != "cond" or not any(_holds(b.jaxpr, CUSTOM_VJP) for b in branches):
+        return eqn
+    return eqn.replace(params={**eqn.params, "branches": tuple(map(_open_calls, branches))})
+
+
+def _holds(jaxpr, names):
+    bodies = [getattr(b, "jaxpr", b) for e in jaxpr.eqns for b in jax.tree.leaves(e.params, is_leaf=_is_jaxpr)]
+    bodies = [b for b in bodies if isinstance(b, jex.Jaxpr)]
+    return any(e.primitive.name in names for e in jaxpr.eqns) or any(_holds(b, names) for b in bodies)
+
+
+def _is_jaxpr(x):
+    return isinstance(x, JAXPRS)
+
+
+def _has_custom_vjp(jaxpr):
+    bodies = lambda eqn: [p for p in eqn.params.values() if isinstance(p, (jex.Jaxpr, jex.ClosedJaxpr))]
+    inside = lambda eqn: any(_has_custom_vjp(getattr(body, "jaxpr", body)) for body in bodies(eqn))
+    return any(eqn.primitive.name.startswith("custom_vjp_call") or inside(eqn) for eqn in jaxpr.eqns)
 
 
 def _evaluate(eqn, jaxpr, values):
@@ -440,11 +492,14 @@ def tangent(program, env, lam, first, second, sums, order):
 
 
 class Sums:
-    """Accumulates local terms of hbar and third, in order of rank."""
+    """Accumulates local terms of gbar, hbar and third, in order of rank."""
 
     def __init__(self, num_groups, dtype):
         self.num_groups, self.dtype = num_groups, dtype
-        self.hbar, self.third = [], []
+        self.gbar, self.hbar, self.third = [], [], []
+
+    def add_gbar(self, stack):
+        self.gbar.append(_placed(stack, self.num_groups, self.dtype))
 
     def add_hbar(self, rows, columns, block):
         self.hbar.append(_placed2(rows, columns, block.astype(self.dtype), self.num_groups))
@@ -453,8 +508,9 @@ class Sums:
         self.third.append(_placed(Stack(ranks, values), self.num_groups, self.dtype))
 
     def totals(self):
-        S = self.num_groups
-        return sum(self.hbar, jnp.zeros((S, S), self.dtype)), sum(self.third, jnp.zeros((S,), self.dtype))
+        zero = jnp.zeros((self.num_groups,), self.dtype)
+        square = jnp.zeros((self.num_groups, self.num_groups), self.dtype)
+        return sum(self.gbar, zero), sum(self.hbar, square), sum(self.third, zero)
 
 
 # --- Rules: (first, second) tangents of the outputs of a node from those of its operands ----------------------------
@@ -634,8 +690,10 @@ class Scan(NamedTuple):
     def residuals(self):
         """The values of the body that its other passes read, unless they are to be computed again."""
         given = {*self.body.jaxpr.invars, *self.body.jaxpr.constvars}
-        read = [v for node in self.body.nodes for v in (*node.active, *node.inactive) if v not in given]
-        return list(dict.fromkeys(read + [(node.outs, "saved") for node in self.body.nodes if node.scan]))
+        scans = [(node.outs, "saved") for node in self.body.nodes if node.scan]
+        others = [node for node in self.body.nodes if not node.scan]
+        read = [v for node in others for v in (*node.active, *node.inactive) if v not in given]
+        return list(dict.fromkeys(read + scans))
 
     def values(self, consts, carry, x, kept):
         """The values of the body in one step."""
@@ -734,14 +792,16 @@ def _scan_node(eqn, active):
         return None
     operands = tuple(i for i, is_active in enumerate(active) if is_active)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
-    recompute = _uses_remat(closed.jaxpr)
+    recompute = _holds(closed.jaxpr, REMAT)
     scan = Scan(body, num_consts, num_carry, length, reverse, operands, results, recompute)
-    return Node("scan", None, tuple(eqn.invars[i] for i in operands), (), tuple(eqn.outvars[o] for o in results), scan)
-
-
-def _uses_remat(jaxpr):
-    bodies = [getattr(b, "jaxpr", b) for e in jaxpr.eqns for b in e.params.values() if isinstance(b, JAXPRS)]
-    return any(e.primitive.name in REMAT for e in jaxpr.eqns) or any(map(_uses_remat, bodies))
+    return Node(
+        "scan",
+        None,
+        tuple(_variable(eqn.invars[i]) for i in operands),
+        (),
+        tuple(eqn.outvars[o] for o in results),
+        scan,
+    )
 
 
 def _scan(node, env, lam, x1, x2, sums, order):
@@ -770,11 +830,11 @@ def _scan(node, env, lam, x1, x2, sums, order):
         first, second = tangent(body, inner_env, inner_lam, first, second, inner, order)
         out_of = lambda stacks: {i: end(stacks, i - scan.num_consts, ranks[invars[i]]) for i in carried}
         ys = lambda stacks: {o: end(stacks, o, ranks[outvars[o]]) for o in results if o >= scan.num_carry}
-        local_hbar, local_third = inner.totals()
+        _, local_hbar, local_third = inner.totals()
         state = out_of(first), out_of(second) if order > 2 else {}, hbar + local_hbar, third + local_third
         return state, (ys(first), ys(second) if order > 2 else {})
 
-    zero = Sums(sums.num_groups, sums.dtype).totals()
+    _, *zero = Sums(sums.num_groups, sums.dtype).totals()
     (carry1, carry2, hbar, third), (ys1, ys2) = lax.scan(
         step,
         (start(x1), start(x2) if order > 2 else {}, *zero),
@@ -882,13 +942,18 @@ def _wide(dtype):
 
 def _ranks_by_first_use(program, index, num_groups):
     """A number for every group, in the order in which the program first reads one of its parameters."""
-    group = {v: g for v, g in zip(program.jaxpr.invars, index, strict=True) if g >= 0}
+    group = dict(zip(program.jaxpr.invars, index, strict=True))
     seen = dict.fromkeys(group[v] for node in program.nodes for v in node.active if v in group)
     seen.update(dict.fromkeys(range(num_groups)))
     rank = [0] * num_groups
     for r, g in enumerate(seen):
         rank[g] = r
     return rank
+
+
+def _variable(v):
+    """None for a literal, which no table of variables holds."""
+    return None if isinstance(v, jex.Literal) else v
 
 
 def _read(env, v):
@@ -901,6 +966,10 @@ def _is_active(stacks, v):
 
 def _is_float(aval):
     return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _is_half(aval):
+    return _is_float(aval) and jnp.finfo(aval.dtype).bits < 32
 
 
 def _is_real(aval):

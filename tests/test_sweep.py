@@ -1,16 +1,23 @@
 """The sweep equals the nested definition on a zoo of small losses, one for each thing that a loss may contain."""
 
+import itertools
+
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 from jax import lax
 
 import grouped_newton as gn
 
+EPS32, EPS64 = 2.0**-23, 2.0**-52
+
 
 def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), sum(shape) + len(shape)), shape)
+    # The same numbers in single and in double precision.
+    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), sum(shape) + len(shape)), shape, jnp.float32)
 
 
 def both(loss, params, groups=gn.groups.per_tensor, **kwargs):
@@ -36,7 +43,7 @@ def mlp(activation):
     labels = jnp.arange(6) % 3
 
     def loss(p):
-        h = rows()
+        h = rows().astype(p[0].dtype)
         for i in range(3):
             h = h @ p[2 * i] + p[2 * i + 1][None]
             h = activation(h) if i < 2 else h
@@ -239,3 +246,521 @@ def test_equals_the_definition_in_double_precision(x64, name):
     loss, params, *groups = ZOO[name]
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     assert_same_summary(*both(loss, params, *groups), tol=1e-10)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+# Finite differences
+
+
+def derivatives_along(psi, directions):
+    """psi', psi'', psi''' at 0 along each direction, from a polynomial through values at Chebyshev points."""
+    degree, radius = 12, 0.05
+    points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    etas = radius * points[None, :, None] * directions[:, None]
+    values = np.asarray(jax.jit(jax.vmap(psi))(etas.reshape(-1, directions.shape[1]))).reshape(len(directions), -1)
+    fit = [np.polynomial.Polynomial.fit(points, v, degree, domain=[-1, 1]) for v in values]
+    return np.array([[f.deriv(k)(0) / radius**k for f in fit] for k in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("name", ["mlp tanh", "transformer, scanned with remat"])
+def test_equals_finite_differences_of_the_loss_itself(x64, name):
+    loss, params = ZOO[name]
+    params = cast(params, jnp.float64)
+    u = jax.tree.map(lambda x: x / jnp.linalg.norm(x), jax.grad(loss)(params))
+    leaves, treedef = jax.tree.flatten(params)
+    psi = lambda eta: loss(
+        treedef.unflatten([p + e * d for p, e, d in zip(leaves, eta, jax.tree.leaves(u), strict=True)])
+    )
+    S = len(leaves)
+    e = np.eye(S)
+    pairs = [(s, t) for s in range(S) for t in range(s)]
+    first, second, third = derivatives_along(psi, np.concatenate([e, [e[s] + e[t] for s, t in pairs]]))
+    hbar = np.diag(second[:S])
+    for (s, t), along_both in zip(pairs, second[S:], strict=True):
+        hbar[s, t] = hbar[t, s] = (along_both - second[s] - second[t]) / 2
+    expected = gn.Summary(loss(params), first[:S], hbar, third[:S])
+    # What twice the degree changes is less than this.
+    assert_same_summary(
+        jax.jit(lambda p, d: gn.summarize(loss, p, d))(params, u), jax.tree.map(jnp.asarray, expected), 1e-6
+    )
+
+
+@pytest.mark.parametrize("grouping", ["canonical", "trivial"])
+@pytest.mark.parametrize("network", ["mlp", "lenet"])
+def test_the_reference_is_reproduced(x64, network, grouping):
+    (loss, params, direction), values = models.reference(network, grouping)
+    groups = {"canonical": gn.groups.per_tensor, "trivial": gn.groups.single}[grouping]
+    got = jax.jit(lambda p, u: gn.summarize(loss, p, u, groups, method="sweep"))(params, direction)
+    expected = gn.Summary(loss(params), *(jnp.asarray(values[name]) for name in ("gbar", "hbar", "third")))
+    assert_same_summary(got, expected, 1e-9)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("name", ["mlp tanh", "convolutions, batch norm, max-pool", "scan", "where with safe branches"])
+def test_equals_the_definition_in_single_precision(name):
+    # Entries are sums of some hundred products; the sweep and the definition round them in another order.
+    assert_same_summary(*both(*ZOO[name]), tol=256 * EPS32)
+
+
+@pytest.mark.parametrize("name", ["mlp tanh", "scan", "sort, cumsum, prod", "cond"])
+def test_compiled_or_not_and_in_single_or_double_precision_it_is_the_same(name):
+    loss, params, *_ = ZOO[name]
+    direction = jax.grad(loss)(params)
+    eager = gn.summarize(loss, params, direction)
+    compiled = jax.jit(lambda p, u: gn.summarize(loss, p, u))(params, direction)
+    assert_same_summary(compiled, eager, 256 * EPS32)
+    with jax.enable_x64(True):
+        double = jax.jit(lambda p, u: gn.summarize(loss, p, u))(*cast((params, direction), jnp.float64))
+        assert double.hbar.dtype == jnp.float64
+        assert_same_summary(eager, cast(double, jnp.float32), 256 * EPS32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["mlp tanh", "mlp gelu", "convolutions, batch norm, max-pool"])
+def test_half_precision_params_and_activations_stay_close(name, dtype):
+    loss, params = ZOO[name]
+    half = cast(params, dtype)
+    assert loss(half).dtype == dtype
+    params = cast(half, jnp.float32)
+    direction = cast(cast(jax.grad(loss)(params), dtype), jnp.float32)
+    got = jax.jit(lambda p, u: gn.summarize(loss, p, u))(half, direction)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.float32)}
+    # Each of some ten layers of elementwise equations rounds values, adjoints and tangents.
+    assert_same_summary(got, gn.summarize(loss, params, direction), 32 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["unrolled", "scan"])
+def test_adjoints_of_half_precision_add_up_in_single(loop):
+    # The adjoint of h is 1 + 64/256: in bfloat16, 1 + 1/256 is 1 again. Not compiled: XLA skips roundings.
+    terms = jnp.concatenate([jnp.full(64, 1 / 256), jnp.ones(1)]).astype(jnp.bfloat16)[:, None] * jnp.ones(
+        (1, 3), jnp.bfloat16
+    )
+
+    def loss(p):
+        h = jnp.sin(p) + p * p
+        term = lambda v: jnp.dot(h, v).astype(jnp.float32)
+        if loop:
+            return lax.scan(lambda c, v: (c + term(v), None), jnp.float32(0), terms, reverse=True)[0]
+        return sum(term(v) for v in terms)
+
+    p = jnp.zeros(3, jnp.bfloat16)
+    got = gn.summarize(loss, p, jnp.ones(3))
+    assert got.hbar.tolist() == [[6 * 1.25]]
+    assert got.third.tolist() == [-3 * 1.25]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_contractions_of_half_precision_add_up_in_single(dtype):
+    n = 10_007  # not representable in either, and a running sum in bfloat16 would stop at 256
+    u = jnp.ones(n)
+
+    def loss(p):
+        h = p["w"] * p["v"] + p["w"] ** 2
+        return jnp.sum(h.astype(jnp.float32))
+
+    params = {"v": jnp.zeros(n, dtype), "w": jnp.zeros(n, dtype)}
+    got = gn.summarize(loss, params, {"v": u, "w": u})
+    assert got.hbar.tolist() == [[0, n], [n, 2 * n]]
+
+
+def test_mixed_dtypes_give_the_widest(x64):
+    loss = lambda p: jnp.sum(jnp.tanh(p["a"].astype(float) * p["b"]) * p["c"].astype(float)) * p["d"].astype(float)
+    params = {"a": normal(5), "b": normal(5), "c": normal(5), "d": jnp.asarray(2.0)}
+    params = {
+        k: v.astype(t) for (k, v), t in zip(params.items(), ("bfloat16", "float64", "float32", "float16"), strict=True)
+    }
+    wide = cast(params, jnp.float64)
+    direction = jax.grad(loss)(params)
+    got = gn.summarize(loss, params, direction)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.float64)}
+    # Tangents of the narrow parameters are as narrow until they meet a wide value.
+    assert_same_summary(
+        got, gn.summarize(loss, wide, cast(direction, jnp.float64)), 4 * float(jnp.finfo("float32").eps)
+    )
+    narrow = cast(params, jnp.bfloat16)
+    assert gn.summarize(loss, narrow, narrow).hbar.dtype == jnp.float32
+
+
+# Transformations
+
+
+def test_vmap_over_batches_and_keys_is_a_loop(x64):
+    params = cast(mlp(jnp.tanh)[1], jnp.float64)
+    x, keys = jax.random.normal(jax.random.key(1), (4, 6, 5)), jax.random.split(jax.random.key(2), 4)
+
+    def one(x, key):
+        def loss(p):
+            h = jnp.tanh(x @ p[0] + p[1][None])
+            h = jnp.where(jax.random.bernoulli(key, 0.6, h.shape), h / 0.6, 0)
+            return jnp.mean(jax.nn.logsumexp(jnp.tanh(h @ p[2] + p[3][None]) @ p[4] + p[5][None], axis=1))
+
+        return gn.summarize(loss, params, params)
+
+    alone = jax.jit(one)
+    looped = jax.tree.map(lambda *xs: jnp.stack(xs), *(alone(*batch) for batch in zip(x, keys, strict=True)))
+    assert_same_summary(jax.jit(jax.vmap(one))(x, keys), looped, 64 * EPS64)
+    assert len(np.unique(looped.loss)) == 4
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["scan", "map"])
+def test_the_mean_over_micro_batches_is_the_summary_of_the_whole(x64, mapped):
+    params = cast(mlp(jnp.tanh)[1][:4], jnp.float64)
+    x, y = jax.random.normal(jax.random.key(3), (10, 5)), jax.random.normal(jax.random.key(4), (10, 4))
+    per_example = lambda p, x, y: jnp.sum((jnp.tanh(x @ p[0] + p[1][None]) @ p[2] + p[3][None] - y) ** 4, axis=1)
+    # 10 examples as 4 + 4 + 2: the last batch is padded, its weights are zero there.
+    weights = jnp.array([1.0] * 10 + [0.0] * 2).reshape(3, 4)
+    xs, ys = (jnp.pad(a, ((0, 2), (0, 0)), constant_values=7.0).reshape(3, 4, -1) for a in (x, y))
+
+    def in_batches(p):
+        part = lambda batch: jnp.sum(batch[0] * per_example(p, *batch[1:]))
+        if mapped:
+            return jnp.sum(lax.map(part, (weights, xs, ys))) / jnp.sum(weights)
+        return lax.scan(lambda c, batch: (c + part(batch), None), 0.0, (weights, xs, ys))[0] / jnp.sum(weights)
+
+    whole = lambda p: jnp.mean(per_example(p, x, y))
+    one = lambda loss: jax.jit(lambda p: gn.summarize(loss, p, p))(params)
+    assert_same_summary(one(in_batches), one(whole), 1e-12)
+
+
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_the_transform_takes_the_same_rates_as_from_the_definition(x64, refresh_every):
+    loss, params = mlp(jnp.tanh)
+    params = cast(params, jnp.float64)
+
+    def rates(**method):
+        tx = gn.scale_by_grouped_newton(refresh_every=refresh_every, **method)
+
+        def step(carry, _):
+            p, state = carry
+            updates, state = tx.update(jax.grad(loss)(p), state, p, value_fn=loss)
+            return (jax.tree.map(lambda p, u: p - u, p, updates), state), state.eta
+
+        return jax.jit(lambda p: lax.scan(step, (p, tx.init(p)), length=4)[1])(params)
+
+    default, nested = rates(), rates(method="nested")
+    assert len(np.unique(nested[-1])) > 1
+    # Each step multiplies rounding by the condition of the solve.
+    np.testing.assert_allclose(default, nested, rtol=1e-7, atol=1e-9 * np.max(np.abs(nested)))
+
+
+# Rules and primitives that cannot be differentiated
+
+
+@jax.custom_vjp
+def with_rule(x):
+    return jnp.sin(x) * x
+
+
+with_rule.defvjp(lambda x: (with_rule(x), x), lambda x, g: (g * (jnp.cos(x) * x + jnp.sin(x)),))
+
+
+def scaled_map(f, x, factor):
+    return f(x) * factor
+
+
+scaled_map_with_rule = jax.custom_vjp(scaled_map, nondiff_argnums=(0, 2))
+scaled_map_with_rule.defvjp(
+    lambda f, x, factor: (scaled_map(f, x, factor), x),
+    lambda f, factor, x, g: (g * factor * jax.vmap(jax.grad(f))(x),),
+)
+
+
+@pytest.mark.parametrize("scanned", [False, True], ids=["plain", "scanned"])
+@pytest.mark.parametrize(
+    ("rule", "plain"),
+    [
+        (with_rule, lambda x: jnp.sin(x) * x),
+        (lambda x: scaled_map_with_rule(jnp.sin, x, 3), lambda x: scaled_map(jnp.sin, x, 3)),
+    ],
+    ids=["one argument", "nondiff_argnums"],
+)
+def test_a_custom_vjp_is_swept_as_the_function_that_it_wraps(x64, rule, plain, scanned):
+    params = cast(vectors(), jnp.float64)
+
+    def loss_with(f):
+        if scanned:
+            return lambda p: jnp.sum(lax.scan(lambda h, b: (jax.jit(f)(h * b), None), p["a"], p["b"])[0] ** 2)
+        return lambda p: jnp.sum(jax.checkpoint(f)(p["a"] * p["b"]) ** 2)
+
+    with pytest.raises((TypeError, NotImplementedError), match=r"custom_vjp|custom_lin"):
+        gn.summarize(loss_with(rule), params, params, method="nested")
+    run = lambda f, method: jax.jit(lambda p: gn.summarize(loss_with(f), p, p, method=method))(params)
+    assert_same_summary(run(rule, "sweep"), run(plain, "nested"), 1e-12)
+
+
+@jax.custom_vjp
+def doubled_until_large(x):
+    return lax.while_loop(lambda c: jnp.sum(c) < 100, lambda c: 2 * c, x)
+
+
+doubled_until_large.defvjp(lambda x: (doubled_until_large(x), None), lambda _, g: (g,))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_custom_vjp_around_what_has_no_derivative_is_refused_clearly(transform):
+    loss = lambda p: jnp.sum(doubled_until_large(1 + p["b"] ** 2)) * jnp.sum(p["a"])
+    assert jax.grad(loss)(vectors())["a"].shape == (4,)
+    with pytest.raises(ValueError, match=r"(?s)while_loop.*custom_vjp.*function that it wraps"):
+        transform(lambda p: gn.summarize(loss, p, p))(vectors())
+
+
+def callback(x):
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+NOT_DIFFERENTIABLE = {
+    "while": lambda p: jnp.sum(lax.while_loop(lambda c: jnp.sum(c) < 100, lambda c: 2 * c, 1 + p["b"] ** 2)),
+    "while, scanned": lambda p: jnp.sum(
+        lax.scan(
+            lambda h, b: (lax.while_loop(lambda c: jnp.sum(c) < 100, lambda c: 1 + 2 * jnp.abs(c), h * b), None),
+            p["a"],
+            p["b"],
+        )[0]
+    ),
+    "callback": lambda p: jnp.sum(callback(p["a"])),
+    "callback, times zero": lambda p: jnp.sum(p["b"] ** 3) + 0 * jnp.sum(callback(p["a"])),
+    "callback, in cond": lambda p: lax.cond(p["a"][0] > 0, lambda a: jnp.sum(callback(a)), jnp.sum, p["a"]),
+    "scatter of products": lambda p: jnp.sum(p["a"].at[jnp.array([0, 0])].multiply(p["b"][:2])),
+}
+
+
+@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
+def test_what_has_no_derivative_raises_as_the_gradient_does(name):
+    loss = NOT_DIFFERENTIABLE[name]
+    with pytest.raises(Exception, match=r"not work|not support|only implemented") as by_grad:
+        jax.grad(loss)(vectors())
+    with pytest.raises(by_grad.type, match=r"not work|not support|only implemented"):
+        gn.summarize(loss, vectors(), vectors())
+
+
+def test_a_third_derivative_that_does_not_exist_raises_as_the_definition_does():
+    loss = lambda p: jnp.sum(jax.scipy.special.gammainc(1 + p["a"] ** 2, p["b"]))
+    assert jax.grad(loss)(vectors())["a"].shape == (4,)
+    for method in ("sweep", "nested"):
+        with pytest.raises(NotImplementedError, match="igamma_grad_a"):
+            gn.summarize(loss, vectors(), vectors(), method=method)
+
+
+def doubled(start, p):
+    return jnp.sum(p["a"] ** 3) * lax.while_loop(lambda c: c < 100, lambda c: 2 * c, start)
+
+
+def reported(p):
+    jax.debug.callback(lambda _: None, jnp.sum(p["a"]))
+    return jnp.sum(p["a"] ** 3 * p["b"])
+
+
+NOT_ACTIVE = {
+    "while over integers": lambda p: doubled(jnp.int32(3), p),
+    "while over floats": lambda p: doubled(3.0, p),
+    "while from an integer that depends on params": lambda p: doubled(jnp.argmax(p["b"]) + 1, p),
+    "while behind stop_gradient": lambda p: doubled(lax.stop_gradient(1 + p["b"][0] ** 2), p),
+    "callback behind stop_gradient": lambda p: jnp.sum(p["a"] ** 3 * callback(lax.stop_gradient(p["b"]))),
+    "debugging": reported,
+    "switch on an integer": lambda p: jnp.sum(lax.switch(jnp.argmax(p["b"]), [jnp.sin, jnp.cos, jnp.exp], p["a"]) ** 2),
+    "booleans": lambda p: jnp.sum((p["a"] ** 3) * ((p["b"] > 1) & ~(p["a"] > p["b"]))),
+    "dropout": lambda p: jnp.sum(
+        jnp.where(jax.random.bernoulli(jax.random.fold_in(jax.random.key(7), 1), 0.5, (4,)), p["a"], 0) ** 3 * p["b"]
+    ),
+    "scatter and segments": lambda p: jnp.sum(
+        jax.ops.segment_sum(p["a"] * p["b"], jnp.array([0, 1, 0, 2]), 3) ** 3 + p["a"].at[1].set(p["b"][2])[:3] ** 2
+    ),
+    "associative scan": lambda p: jnp.sum(lax.associative_scan(jnp.multiply, p["a"]) ** 2 * p["b"]),
+    "top k": lambda p: jnp.sum(lax.top_k(p["a"] * p["b"], 2)[0] ** 3),
+    "ties": lambda p: jnp.sum(jnp.maximum(p["a"], p["a"] * 1.0) ** 3) * jnp.max(jnp.stack([p["b"][0], p["b"][0]])),
+    "product of three": lambda p: jnp.einsum("i,i,i", p["a"], p["b"], p["a"]) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", NOT_ACTIVE)
+def test_values_without_a_tangent_are_constants(x64, name):
+    got, expected = both(NOT_ACTIVE[name], cast(vectors(), jnp.float64))
+    assert_same_summary(got, expected, 1e-11)
+    assert np.any(got.third != 0)
+
+
+# Odd losses and params
+
+
+ODD = {
+    "constant": (lambda p: jnp.float32(3), vectors()),
+    "a Python number": (lambda p: 3.0, vectors()),
+    "ignores its params": (lambda p: jnp.sum(rows() ** 2), vectors()),
+    "behind stop_gradient": (lambda p: jnp.sum(lax.stop_gradient(p["a"]) ** 2), vectors()),
+    "the parameter itself": (lambda p: p["x"], {"x": jnp.float32(2)}),
+    "scalars": (lambda p: p["x"] ** 3 * jnp.exp(p["y"]), {"x": jnp.float32(2), "y": jnp.float32(0.5)}),
+    "a size of zero": (
+        lambda p: jnp.sum(p["x"] ** 2) + jnp.sum(p["y"] ** 3),
+        {"x": jnp.ones((0, 3)), "y": jnp.ones(2)},
+    ),
+    "no params": (lambda p: 3.0, {}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_losses_and_params(name):
+    got, expected = (gn.summarize(*ODD[name][:1], *2 * (ODD[name][1],), method=m) for m in ("sweep", "nested"))
+    assert [x.shape for x in got] == [x.shape for x in expected]
+    assert_same_summary(got, expected, 8 * EPS32)
+
+
+def test_leaves_that_are_frozen_may_be_of_any_kind():
+    params = {"a": normal(4), "n": jnp.int32(3), "key": jax.random.key(0), "act": jnp.tanh}
+    labels = {"a": "x", "n": gn.groups.FROZEN, "key": gn.groups.FROZEN, "act": gn.groups.FROZEN}
+    loss = lambda p: jnp.sum(p["act"](p["a"]) ** 3) * p["n"] * jax.random.uniform(p["key"])
+    given, direction = params | {"n": 0}, params | {"n": 0, "key": 0}
+    frozen = {k: v for k, v in params.items() if k != "a"}
+    got = gn.summarize(loss, given | {"n": params["n"]}, direction, labels)
+    expected = gn.summarize(lambda p: loss(frozen | p), {"a": params["a"]}, {"a": params["a"]}, method="nested")
+    assert_same_summary(got, expected, 64 * EPS32)
+
+
+def test_one_parameter_of_double_precision_widens_the_summary(x64):
+    loss, params = mlp(jnp.tanh)
+    params = cast(params, jnp.float32)
+    params[2] = params[2].astype(jnp.float64)
+    got, expected = both(loss, params)
+    assert got.hbar.dtype == jnp.float64
+    assert_same_summary(got, expected, 64 * EPS32)
+
+
+# Options
+
+
+@pytest.mark.parametrize("name", ["mlp gelu", "transformer, scanned with remat", "linear solve", "sort, cumsum, prod"])
+def test_order_two_leaves_only_the_third_derivatives_out(x64, name):
+    loss, params = ZOO[name]
+    params = cast(params, jnp.float64)
+    run = lambda **options: jax.jit(lambda p: gn.summarize(loss, p, p, **options))(params)
+    full = run()
+    assert np.any(full.third != 0)
+    expected = full._replace(third=jnp.zeros_like(full.third))
+    assert_same_summary(run(order=2), expected, 1e-12)
+    if name == "mlp gelu":
+        assert_same_summary(run(order=2, method="nested"), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp tanh", "transformer, scanned with remat", "group with tensors at different depths"]
+)
+def test_max_stack_changes_nothing_but_the_stack(x64, name):
+    loss, params, *groups = ZOO[name]
+    params = cast(params, jnp.float64)
+    run = lambda **options: jax.jit(lambda p: gn.summarize(loss, p, p, *groups, **options))(params)
+    whole = run()
+    S = len(whole.gbar)
+    for max_stack in (2, 3, 5, S, S + 1):
+        if max_stack != 2 or S <= 6:
+            assert_same_summary(run(max_stack=max_stack), whole, 1e-12)
+    assert_same_summary(run(max_stack=2, order=2), whole._replace(third=jnp.zeros_like(whole.third)), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": 4}, "order must be 2 or 3, got 4"),
+        ({"order": 1, "method": "nested"}, "order must be 2 or 3, got 1"),
+        ({"max_stack": 1}, "max_stack must be None or an integer of at least 2, got 1"),
+        ({"max_stack": True}, "max_stack must be .*, got True"),
+        ({"max_stack": 2.5}, "max_stack must be .*, got 2.5"),
+        ({"max_stack": 4, "method": "nested"}, 'max_stack bounds the tangents of method="sweep", got it with .*nested'),
+        ({"method": "forward"}, r"method must be one of \('sweep', 'nested'\), got 'forward'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gn.summarize(lambda p: jnp.sum(p["a"] ** 3), vectors(), vectors(), **options)
+
+
+# Cost, as the traced program shows it
+
+
+def inner_jaxprs(eqn):
+    is_jaxpr = lambda x: isinstance(x, (jex.Jaxpr, jex.ClosedJaxpr))
+    found = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)]
+    return [getattr(x, "jaxpr", x) for x in found]
+
+
+def equations(jaxpr, live_only=False):
+    """All equations of a jaxpr and of those in it; of the outer one only those that an output needs, if asked."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if live_only and not needed.intersection(eqn.outvars):
+            continue
+        needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from equations(inner, live_only)
+
+
+def traced(loss, params, groups=gn.groups.per_tensor, **options):
+    return jax.make_jaxpr(lambda p, u: gn.summarize(loss, p, u, groups, **options))(params, params).jaxpr
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_program_has_the_same_size_for_3_and_30_scanned_layers(remat):
+    def loss(p):
+        layer = lambda h, w: jnp.tanh(h @ w) + h
+        layer = jax.checkpoint(layer) if remat else layer
+        return jnp.mean(lax.scan(lambda h, w: (layer(h, w), None), rows() @ p["in"], p["w"])[0] ** 2)
+
+    sizes = [
+        len(list(equations(traced(loss, {"in": jnp.ones((5, 4)), "w": jnp.ones((layers, 4, 4))}))))
+        for layers in (3, 30)
+    ]
+    assert sizes[0] == sizes[1] > 50
+
+
+WIDTHS, BATCH = (11, 7, 13, 5, 9, 3), 17
+
+
+def matmul_work(jaxpr):
+    """Multiplications in all matrix products: those that contract one axis. Gram matrices contract all but one."""
+    total = 0
+    for eqn in equations(jaxpr, live_only=True):
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            if len(contracted) == 1:
+                total += eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[contracted[0]]
+    return total
+
+
+def perceptron(p):
+    h = jnp.sin(jnp.ones((BATCH, WIDTHS[0])) @ jnp.ones((WIDTHS[0], WIDTHS[0])))  # preprocessing
+    for w, b in p:
+        h = jnp.tanh(h @ w + b[None])
+    return jnp.mean(h**2)
+
+
+def perceptron_params():
+    return [(jnp.ones((m, n)), jnp.ones(n)) for m, n in itertools.pairwise(WIDTHS)]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_matrix_products_are_those_of_the_derivation_and_no_more(order):
+    """A weight has one tangent, its input those of the groups upstream, and none of them is padded."""
+    labels = [(f"layer {i}",) * 2 for i in range(len(WIDTHS) - 1)]
+    jaxpr = traced(perceptron, perceptron_params(), labels, order=order)
+    products = [BATCH * m * n for m, n in itertools.pairwise(WIDTHS)]
+    expected = BATCH * WIDTHS[0] ** 2 + 2 * products[0]  # preprocessing; the first layer: primal, its own tangent
+    for upstream, product in enumerate(products[1:], start=1):
+        # Primal, adjoint, pull of the weight's tangent, the tangent itself; first, second tangents of the input.
+        expected += (4 + (order - 1) * upstream) * product
+    assert matmul_work(jaxpr) == expected
+    assert matmul_work(traced(perceptron, perceptron_params(), labels, order=order, method="nested")) > 1.5 * expected
+
+
+def test_no_stack_is_deeper_than_the_groups_upstream():
+    labels = [(f"layer {i}",) * 2 for i in range(len(WIDTHS) - 1)]
+    depths = {n: set() for n in WIDTHS}
+    for eqn in equations(traced(perceptron, perceptron_params(), labels), live_only=True):
+        for v in eqn.outvars:
+            if len(getattr(v.aval, "shape", ())) == 3 and v.aval.shape[1] == BATCH:
+                depths[v.aval.shape[2]].add(v.aval.shape[0])
+    deepest = {n: max(found, default=0) for n, found in depths.items()}
+    assert deepest == {n: upstream for upstream, n in enumerate(WIDTHS)}, "and the inputs have no tangents"
