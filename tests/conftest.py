@@ -1,5 +1,10 @@
-import jax
-import pytest
+import os
+
+# Small factorisations stall when many threads of several workers share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # A silent broadcast is how a bias becomes a matrix: raise, in the tests only.
 jax.config.update("jax_numpy_rank_promotion", "raise")

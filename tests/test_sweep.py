@@ -144,7 +144,7 @@ def nested_scan():
             h, _ = lax.scan(lambda h, b: (h + jnp.tanh(h * b[None]), None), h, p["b"])
             return (i + 1, h), h[0]
 
-        (i, h), ys = lax.scan(step, (0, rows()[:, :4]), p["w"])
+        (i, h), ys = lax.scan(step, (0, rows()[:, :4].astype(p["b"].dtype)), p["w"])
         return jnp.mean(h**3) * i + jnp.sum(ys**3)
 
     return loss, params
@@ -176,7 +176,9 @@ ZOO = {
     "scan in reverse": rnn(True),
     "scan in scan, remat, integer carry": nested_scan(),
     "fori_loop": (
-        lambda p: jnp.sum(lax.fori_loop(0, 4, lambda i, c: jnp.sin(c @ p["w"]) * p["b"][i], rows()) ** 2),
+        lambda p: jnp.sum(
+            lax.fori_loop(0, 4, lambda i, c: jnp.sin(c @ p["w"]) * p["b"][i], rows().astype(p["b"].dtype)) ** 2
+        ),
         {"w": normal(5, 5), "b": normal(4)},
     ),
     "mean over micro-batches": (
@@ -282,7 +284,7 @@ def test_equals_finite_differences_of_the_loss_itself(x64, name):
     for (s, t), along_both in zip(pairs, second[S:], strict=True):
         hbar[s, t] = hbar[t, s] = (along_both - second[s] - second[t]) / 2
     expected = gn.Summary(loss(params), first[:S], hbar, third[:S])
-    # What twice the degree changes is less than this.
+    # Rounding in the third derivative of the polynomial, eps degree^6 / 15 / radius^3, is the largest error.
     assert_same_summary(
         jax.jit(lambda p, d: gn.summarize(loss, p, d))(params, u), jax.tree.map(jnp.asarray, expected), 1e-6
     )
@@ -427,13 +429,12 @@ def test_the_mean_over_micro_batches_is_the_summary_of_the_whole(x64, mapped):
     assert_same_summary(one(in_batches), one(whole), 1e-12)
 
 
-@pytest.mark.parametrize("refresh_every", [1, 2])
-def test_the_transform_takes_the_same_rates_as_from_the_definition(x64, refresh_every):
+def test_the_transform_takes_the_same_rates_as_from_the_definition(x64):
     loss, params = mlp(jnp.tanh)
     params = cast(params, jnp.float64)
 
     def rates(**method):
-        tx = gn.scale_by_grouped_newton(refresh_every=refresh_every, **method)
+        tx = gn.scale_by_grouped_newton(refresh_every=2, **method)
 
         def step(carry, _):
             p, state = carry
@@ -646,18 +647,18 @@ def test_order_two_leaves_only_the_third_derivatives_out(x64, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp tanh", "transformer, scanned with remat", "group with tensors at different depths"]
+    ("name", "sizes"),
+    [("mlp tanh", (2, 3, 5, 7)), ("scan", (2, 3)), ("group with tensors at different depths", (2, 3))],
 )
-def test_max_stack_changes_nothing_but_the_stack(x64, name):
+def test_max_stack_changes_nothing_but_the_stack(x64, name, sizes):
     loss, params, *groups = ZOO[name]
     params = cast(params, jnp.float64)
     run = lambda **options: jax.jit(lambda p: gn.summarize(loss, p, p, *groups, **options))(params)
     whole = run()
-    S = len(whole.gbar)
-    for max_stack in (2, 3, 5, S, S + 1):
-        if max_stack != 2 or S <= 6:
-            assert_same_summary(run(max_stack=max_stack), whole, 1e-12)
-    assert_same_summary(run(max_stack=2, order=2), whole._replace(third=jnp.zeros_like(whole.third)), 1e-12)
+    for size in sizes:
+        assert_same_summary(run(max_stack=size), whole, 1e-12)
+    if name == "scan":
+        assert_same_summary(run(max_stack=2, order=2), whole._replace(third=jnp.zeros_like(whole.third)), 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Stacks of tangents: one array per value, a row for every group that has reached it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Stack(NamedTuple):
+    """Tangents of one value: ``array[i]`` belongs to the group of rank ``ranks[i]``; ranks ascend."""
+
+    ranks: tuple[int, ...]
+    array: jax.Array
+
+
+def map_rows(fn, array):
+    return jax.tree.map(lambda z: z[None], fn(array[0])) if len(array) == 1 else jax.vmap(fn)(array)
+
+
+def push_rows(fn, stack, num_outs):
+    if stack is None:
+        return [None] * num_outs
+    return [Stack(stack.ranks, z) for z in map_rows(fn, stack.array)]
+
+
+def add(x, y):
+    """The sum of two stacks, over the union of their ranks."""
+    if x is None or y is None:
+        return y if x is None else x
+    if x.ranks == y.ranks:
+        return Stack(x.ranks, x.array + y.array)
+    ranks = tuple(sorted({*x.ranks, *y.ranks}))
+    if len(ranks) == len(x.ranks) + len(y.ranks):
+        low, high = (x, y) if x.ranks < y.ranks else (y, x)
+        if low.ranks[-1] < high.ranks[0]:
+            return Stack(ranks, jnp.concatenate([low.array, high.array]))
+    return Stack(ranks, spread(x, ranks) + spread(y, ranks))
+
+
+def _contiguous(ranks, among):
+    start = among.index(ranks[0])
+    return start if among[start : start + len(ranks)] == ranks else None
+
+
+def spread(stack, ranks):
+    """The stack's array with rows of zeros for the ranks that it lacks."""
+    if stack.ranks == ranks:
+        return stack.array
+    start = _contiguous(stack.ranks, ranks)
+    if start is not None:
+        pad = [(start, len(ranks) - start - len(stack.ranks), 0)] + [(0, 0, 0)] * (stack.array.ndim - 1)
+        return lax.pad(stack.array, jnp.zeros((), stack.array.dtype), pad)
+    where = jnp.array([ranks.index(s) for s in stack.ranks])
+    return jnp.zeros((len(ranks), *stack.array.shape[1:]), stack.array.dtype).at[where].set(stack.array)
+
+
+def spread_or_zero(stack, ranks, v):
+    return jnp.zeros((len(ranks), *v.aval.shape), v.aval.dtype) if stack is None else spread(stack, ranks)
+
+
+def select(stack, ranks):
+    """The rows of some of the stack's ranks."""
+    if stack.ranks == ranks:
+        return stack.array
+    start = _contiguous(ranks, stack.ranks)
+    if start is not None:
+        return lax.slice_in_dim(stack.array, start, start + len(ranks))
+    return stack.array[jnp.array([stack.ranks.index(s) for s in ranks])]
+
+
+def gram(x, y):
+    """<x_s, y_t> for all s and t, accumulated in at least float32."""
+    dtype = wide(jnp.promote_types(x.dtype, y.dtype))
+    x, y = x.astype(dtype), y.astype(dtype)
+    axes = tuple(range(1, x.ndim))
+    return lax.dot_general(x, y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST).real
+
+
+def inner(x, y):
+    """<x_s, y_s> for all s, accumulated in at least float32."""
+    dtype = wide(jnp.promote_types(x.dtype, y.dtype))
+    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=tuple(range(1, x.ndim))).real
+
+
+def placed(stack, num_groups, dtype):
+    return spread(Stack(stack.ranks, stack.array.astype(dtype)), tuple(range(num_groups)))
+
+
+def placed_block(rows, columns, block, num_groups):
+    everything = tuple(range(num_groups))
+    block = spread(Stack(rows, block), everything)
+    return spread(Stack(columns, block.T), everything).T
+
+
+def wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
