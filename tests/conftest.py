@@ -3,8 +3,8 @@ import os
 # Small factorisations stall when many threads of several workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # A silent broadcast is how a bias becomes a matrix: raise, in the tests only.
 jax.config.update("jax_numpy_rank_promotion", "raise")
