@@ -2,7 +2,8 @@
 
 All times are medians of calls made in turns in one process, after a warm-up, as multiples of the jitted value and
 gradient of the same loss. *matmuls* are the matrix products and convolutions of the sweep alone, on data of the same
-shapes: what a perfect fusion of everything else would leave. *hessian* is ``jax.hessian`` of phi and nested jvps for
+shapes: what a perfect fusion of everything else would leave. *memory* is XLA's temporary buffers and outputs (for a
+gradient, mostly its outputs), as a multiple of the gradient's. *hessian* is ``jax.hessian`` of phi and nested jvps for
 the third order, without anything of ours.
 
     python benchmarks/summary.py --help
@@ -84,7 +85,7 @@ def _products(jaxpr, times):
 
 
 def measure(model, methods, seconds):
-    """For each method: median seconds, seconds of the first call, bytes of temporary memory."""
+    """For each method: median seconds, seconds of the first call, bytes of temporaries and outputs."""
     gradient = jax.value_and_grad(model.loss)
     functions = {"gradient": (lambda params, u: gradient(params), (model.params, model.params))}
     u = jax.jit(gradient)(model.params)[1]
@@ -103,7 +104,8 @@ def measure(model, methods, seconds):
         compiled[name] = jax.jit(function).lower(*arguments).compile()
         jax.block_until_ready(compiled[name](*arguments))
         first[name] = time.perf_counter() - start
-        memory[name] = compiled[name].memory_analysis().temp_size_in_bytes
+        analysis = compiled[name].memory_analysis()
+        memory[name] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     times = {name: [] for name in functions}
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times["gradient"]) < 3:
@@ -129,7 +131,7 @@ def main():
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"no model called {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
 
-    head = ["model", "S", "gradient, ms", *arguments.methods, "first call, s: gradient", "sweep", "memory, ratio"]
+    head = ["model", "S", "gradient, ms", *arguments.methods, "first call, s: gradient", "sweep", "memory"]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}\n")
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for name in tqdm(arguments.models, disable=None, leave=False):
