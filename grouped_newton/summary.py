@@ -72,7 +72,7 @@ def summarize(
       method: ``"sweep"`` (one adjoint pass and one forward pass for all groups)
         or ``"nested"``, the definition above by nested ``jax.jvp``: the same
         numbers, several times slower.
-      order: 3, or 2 to leave ``third`` at zero for about two thirds of the price.
+      order: 3, or 2 to leave ``third`` at zero, for half to nine tenths of the time.
       max_stack: the most tangents that the sweep carries at once, at least 2, to
         bound its memory; more time, the same numbers. None carries all S.
 
