@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ def both(loss, params, groups=gn.groups.per_tensor, **kwargs):
 
 
 def assert_same_summary(got, expected, tol):
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
     for name, a, b in zip(got._fields, got, expected, strict=True):
-        assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, atol=tol * (1e-30 + np.max(np.abs(b), initial=0)), rtol=0, err_msg=name)
 
 
