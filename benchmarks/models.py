@@ -1,5 +1,9 @@
-"""Losses to measure on: name -> (loss of params, params, grouping). Plain JAX, random data, batch 100."""
+"""Losses to measure on: name -> a function that makes (loss of params, params, grouping). Plain JAX, random data.
 
+Their keywords shrink them: the same function, only smaller, for tests. The same numbers in single and double precision.
+"""
+
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -29,7 +33,8 @@ class _Init:
     def __call__(self, *shape, fan_in=None, scale=1.0):
         self.count += 1
         key = jax.random.fold_in(self.key, self.count)
-        return scale * jax.random.normal(key, shape) / math.sqrt(fan_in or math.prod(shape[:-1]))
+        drawn = scale * jax.random.normal(key, shape, jnp.float32) / math.sqrt(fan_in or math.prod(shape[:-1]))
+        return drawn.astype(float)
 
 
 def _cross_entropy(logits, labels):
@@ -61,12 +66,14 @@ def _max_pool(x):
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
-def lenet(batch=100, seed=0):
-    """6-16-120-84-10 on 32 x 32 x 3, tanh."""
+def lenet(batch=100, channels=(6, 16, 120, 84), seed=0):
+    """Two convolutions and three dense layers on 32 x 32 x 3, tanh."""
     init = _Init(seed)
     x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
-    params = {"conv_0": {"w": init(5, 5, 3, 6), "b": init(6)}, "conv_1": {"w": init(5, 5, 6, 16), "b": init(16)}}
-    for i, (a, b) in enumerate([(400, 120), (120, 84), (84, 10)]):
+    params = {}
+    for i, (a, b) in enumerate(itertools.pairwise([3, *channels[:2]])):
+        params[f"conv_{i}"] = {"w": init(5, 5, a, b), "b": init(b)}
+    for i, (a, b) in enumerate(itertools.pairwise([25 * channels[1], *channels[2:], 10])):
         params[f"dense_{i}"] = {"w": init(a, b), "b": init(b)}
 
     def loss(params):
@@ -84,17 +91,20 @@ def lenet(batch=100, seed=0):
     return Model(loss, params, gn.groups.per_tensor)
 
 
-def vgg11(batch=100, seed=0):
-    """VGG-11 with one dense layer and ELU, on 32 x 32 x 3."""
+VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+
+def vgg11(batch=100, plan=VGG11, size=32, seed=0):
+    """VGG-11 with one dense layer and ELU, on size x size x 3; the plan has the channels of its convolutions."""
     init = _Init(seed)
-    x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
-    plan = [64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"]
+    x, y = init(batch, size, size, 3, fan_in=1), jnp.arange(batch) % 10
     widths = [3, *(c for c in plan if c != "pool")]
+    places = (size >> plan.count("pool")) ** 2
     params = {
         f"conv_{i}": {"w": init(3, 3, a, b), "b": init(b, scale=0.1)}
         for i, (a, b) in enumerate(itertools.pairwise(widths))
     }
-    params["dense"] = {"w": init(512, 10), "b": init(10)}
+    params["dense"] = {"w": init(places * widths[-1], 10), "b": init(10)}
 
     def loss(params):
         h, i = x, 0
@@ -109,23 +119,19 @@ def vgg11(batch=100, seed=0):
     return Model(loss, params, gn.groups.per_tensor)
 
 
-def resnet18(batch=100, width=16, seed=0):
-    """ResNet-18's eight blocks, 16 to 128 channels, BatchNorm in training mode, on 32 x 32 x 3."""
+def resnet18(batch=100, channels=(16, 16, 32, 32, 64, 64, 128, 128), size=32, seed=0):
+    """ResNet-18 with the given channels of its blocks, BatchNorm in training mode, on size x size x 3."""
     init = _Init(seed)
-    x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
+    x, y = init(batch, size, size, 3, fan_in=1), jnp.arange(batch) % 10
 
     def conv_bn(a, b, size=3):
         return {"w": init(size, size, a, b), "scale": 1 + init(b, scale=0.1), "bias": init(b, scale=0.1)}
 
-    params = {"stem": conv_bn(3, width)}
-    channels = width
-    for k in range(8):
-        out = width * 2 ** (k // 2)
-        block = {"first": conv_bn(channels, out), "second": conv_bn(out, out)}
-        if out != channels:
-            block["shortcut"] = conv_bn(channels, out, 1)
-        params[f"block_{k}"], channels = block, out
-    params["dense"] = {"w": init(channels, 10), "b": init(10)}
+    params = {"stem": conv_bn(3, channels[0])}
+    for k, (a, b) in enumerate(itertools.pairwise([channels[0], *channels])):
+        shortcut = {} if a == b else {"shortcut": conv_bn(a, b, 1)}
+        params[f"block_{k}"] = {"first": conv_bn(a, b), "second": conv_bn(b, b)} | shortcut
+    params["dense"] = {"w": init(channels[-1], 10), "b": init(10)}
 
     def apply(p, h, stride=1):
         h = _conv(h, p["w"], stride)
@@ -135,7 +141,7 @@ def resnet18(batch=100, width=16, seed=0):
 
     def loss(params):
         h = jax.nn.relu(apply(params["stem"], x))
-        for k in range(8):
+        for k in range(len(channels)):
             p = params[f"block_{k}"]
             stride = 2 if "shortcut" in p else 1
             z = apply(p["second"], jax.nn.relu(apply(p["first"], h, stride)))
@@ -148,7 +154,7 @@ def resnet18(batch=100, width=16, seed=0):
 def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, scanned=False, seed=0):
     """A causal language model; a group a block, or scanned over stacked layers with a group a tensor."""
     init = _Init(seed)
-    tokens = jax.random.randint(jax.random.key(seed + 1), (batch, length + 1), 0, vocabulary)
+    tokens = jax.random.randint(jax.random.key(seed + 1), (batch, length + 1), 0, vocabulary, jnp.int32)
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
     block = lambda: {
         "norm_1": 1 + init(d, scale=0.1),
@@ -193,13 +199,13 @@ def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, sca
 
 
 MODELS = {
-    "mlp": lambda: mlp([784, 1024, 200, 100, 10], gn.groups.per_tensor),
-    "mlp, a group a layer": lambda: mlp([784, 1024, 200, 100, 10], gn.groups.per_module),
+    "mlp": functools.partial(mlp, widths=(784, 1024, 200, 100, 10), groups=gn.groups.per_tensor),
+    "mlp, a group a layer": functools.partial(mlp, widths=(784, 1024, 200, 100, 10), groups=gn.groups.per_module),
     "lenet": lenet,
-    "mlp 20 x 1024": lambda: mlp([3072, *[1024] * 20, 10], gn.groups.per_tensor),
+    "mlp 20 x 1024": functools.partial(mlp, widths=(3072, *[1024] * 20, 10), groups=gn.groups.per_tensor),
     "vgg-11": vgg11,
     "transformer, 4 blocks": transformer,
-    "transformer, 4 scanned": lambda: transformer(scanned=True),
-    "transformer, 12 scanned": lambda: transformer(layers=12, scanned=True),
+    "transformer, 4 scanned": functools.partial(transformer, scanned=True),
+    "transformer, 12 scanned": functools.partial(transformer, layers=12, scanned=True),
     "resnet-18, batch norm": resnet18,
 }

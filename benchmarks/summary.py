@@ -4,12 +4,14 @@ All times are medians of calls made in turns in one process, after a warm-up, as
 gradient of the same loss. *matmuls* are the matrix products and convolutions of the sweep alone, on data of the same
 shapes: what a perfect fusion of everything else would leave. *memory* is XLA's temporary buffers and outputs (for a
 gradient, mostly its outputs), as a multiple of the gradient's. *hessian* is ``jax.hessian`` of phi and nested jvps for
-the third order, without anything of ours.
+the third order, without anything of ours. A dash stands for a method that is skipped because a call would take longer
+than the limit, by its multiplications at the gradient's rate.
 
     python benchmarks/summary.py --help
 """
 
 import argparse
+import math
 import statistics
 import time
 
@@ -21,6 +23,8 @@ from tqdm import tqdm
 
 import grouped_newton as gn
 from grouped_newton.groups import resolve
+
+METHODS = ("sweep", "order 2", "nested", "hessian", "matmuls")
 
 
 def summary(model, **options):
@@ -42,7 +46,7 @@ def hessian(model):
             return d(d(d(lambda t: phi(t * e))))(0.0)
 
         zero = jnp.zeros(S)
-        return jax.grad(phi)(zero), jax.hessian(phi)(zero), jnp.stack([third(e) for e in jnp.eye(S)])
+        return jax.grad(phi)(zero), jax.hessian(phi)(zero), jax.vmap(third)(jnp.eye(S))
 
     return derivatives
 
@@ -84,63 +88,94 @@ def _products(jaxpr, times):
             yield from [eqn] * times
 
 
-def measure(model, methods, seconds):
-    """For each method: median seconds, seconds of the first call, bytes of temporaries and outputs."""
-    gradient = jax.value_and_grad(model.loss)
-    functions = {"gradient": (lambda params, u: gradient(params), (model.params, model.params))}
-    u = jax.jit(gradient)(model.params)[1]
-    for method in methods:
-        if method == "matmuls":
-            run, operands = matmuls(model)
-            functions[method] = run, (operands,)
-        elif method == "hessian":
-            functions[method] = hessian(model), (model.params, u)
+def multiplications(function, arguments):
+    """Those in the products of a function, each product counted once."""
+    total = 0
+    for eqn in _products(jax.make_jaxpr(function)(*arguments).jaxpr, 1):
+        out, operand = eqn.outvars[0].aval, eqn.invars[1].aval
+        if eqn.primitive.name == "dot_general":
+            (_, contracted), _ = eqn.params["dimension_numbers"]
+            total += out.size * math.prod(operand.shape[i] for i in contracted)
         else:
-            options = {"order": 2, "method": "sweep"} if method == "order 2" else {"method": method}
-            functions[method] = summary(model, **options), (model.params, u)
-    first, memory, compiled = {}, {}, {}
-    for name, (function, arguments) in functions.items():
+            total += out.size * operand.size // operand.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return total
+
+
+def functions_of(model, u):
+    """Name -> (function, arguments) of the gradient and every method, each made when it is asked for."""
+    gradient = jax.value_and_grad(model.loss)
+    at = model.params, u
+    return {
+        "gradient": lambda: (lambda params, u: gradient(params), at),
+        "sweep": lambda: (summary(model), at),
+        "order 2": lambda: (summary(model, order=2), at),
+        "nested": lambda: (summary(model, method="nested"), at),
+        "hessian": lambda: (hessian(model), at),
+        "matmuls": lambda: (lambda run, operands: (run, (operands,)))(*matmuls(model)),
+    }
+
+
+def timed(compiled, arguments):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    return time.perf_counter() - start
+
+
+def measure(model, methods, seconds, limit=math.inf):
+    """For each method within the limit: median seconds, seconds of the first call, bytes of temporaries and outputs."""
+    u = jax.jit(jax.grad(model.loss))(model.params)
+    calls, first, memory = {}, {}, {}
+    for name, make in functions_of(model, u).items():
+        if name not in ("gradient", *methods):
+            continue
+        function, arguments = make()
+        work = multiplications(function, arguments)
+        if name == "gradient":
+            gradient_work = work
+        elif work * timed(*calls["gradient"]) > limit * gradient_work:
+            continue
         start = time.perf_counter()
-        compiled[name] = jax.jit(function).lower(*arguments).compile()
-        jax.block_until_ready(compiled[name](*arguments))
+        compiled = jax.jit(function).lower(*arguments).compile()
+        calls[name] = compiled, arguments
+        timed(*calls[name])
         first[name] = time.perf_counter() - start
-        analysis = compiled[name].memory_analysis()
+        analysis = compiled.memory_analysis()
         memory[name] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    times = {name: [] for name in functions}
+    times = {name: [] for name in calls}
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times["gradient"]) < 3:
-        for name, (_, arguments) in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled[name](*arguments))
-            times[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(times[name]), first[name], memory[name]) for name in functions}
+        for name, call in calls.items():
+            if not times[name] or times[name][0] < seconds / 3:  # a slow one is called once
+                times[name].append(timed(*call))
+    return {name: (statistics.median(times[name]), first[name], memory[name]) for name in calls}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["sweep", "order 2", "nested", "matmuls"],
-        choices=["sweep", "order 2", "nested", "hessian", "matmuls"],
-        help="what to measure (default: all but hessian, which takes minutes to compile with many groups)",
+        "--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}"
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, a model (default: 10)")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="skip a method above it, seconds a call (default: 60)"
+    )
+    parser.add_argument("--batch", type=int, help="instead of 100, for transformers 16")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"no model called {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
 
     head = ["model", "S", "gradient, ms", *arguments.methods, "first call, s: gradient", "sweep", "memory"]
+    batch = {} if arguments.batch is None else {"batch": arguments.batch}
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}\n")
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for name in tqdm(arguments.models, disable=None, leave=False):
-        model = MODELS[name]()
-        found = measure(model, arguments.methods, arguments.seconds)
+        model = MODELS[name](**batch)
+        found = measure(model, arguments.methods, arguments.seconds, arguments.limit)
         base, base_first, base_memory = found["gradient"]
         _, first, memory = found.get("sweep", found["gradient"])
         cells = [name, str(resolve(model.groups, model.params).num_groups), f"{base * 1e3:.2f}"]
-        cells += [f"{found[method][0] / base:.2f}" for method in arguments.methods]
+        cells += [f"{found[method][0] / base:.2f}" if method in found else "–" for method in arguments.methods]
         cells += [f"{base_first:.1f}", f"{first:.1f}", f"{memory / max(base_memory, 1):.1f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 

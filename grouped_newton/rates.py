@@ -3,11 +3,12 @@
   gbar (S,), hbar (S, S), third (S,)   the averaged summary, third being |third|
   d = |third|^(1/3)  (S,)              lam  the internal damping
 
-A rule is a function ``(summary, lam) -> CubicSolution``; anyone can write one.
+A rule is a function ``(summary, lam) -> CubicSolution``; anyone can write one. Beside
+it a rule for the damping, from the model's error.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def cubic_rates() -> RateRule:
     return lambda summary, lam: solve_cubic(summary.gbar, summary.hbar, _scale_of_cubic(summary), lam)
 
 
-def edge_rates(factor: float = 1.5) -> RateRule:
+def edge_rates(factor: float = 1.8) -> RateRule:
     """Decoupled rates, scaled jointly to ``factor`` times the model's minimum along them.
 
     The ratios of the rates come from the cubic model without the coupling
@@ -56,7 +57,7 @@ def edge_rates(factor: float = 1.5) -> RateRule:
     edge of stability. Factor 1 is the greedy step.
 
     Args:
-      factor: in (0, 2), without unit; 1.5 by default.
+      factor: in (0, 2), without unit; 1.8 by default.
 
     Returns:
       A rate rule, ``(summary, internal_damping) -> CubicSolution``. Its rates are
@@ -96,6 +97,128 @@ def edge_rates(factor: float = 1.5) -> RateRule:
         return CubicSolution(jnp.where(found, eta, 0), jnp.where(found, alpha * radius, 0), status.astype(jnp.int32))
 
     return rule
+
+
+class AdaptiveDamping(NamedTuple):
+    """Made by :func:`adaptive_damping`.
+
+    Attributes:
+      initial: the internal damping before the first refresh.
+      update: ``(damping, error) -> damping``, error being a :class:`ModelError`.
+    """
+
+    initial: Any
+    update: Callable[[jax.Array, "ModelError"], jax.Array]
+
+
+class ModelError(NamedTuple):
+    """How far the loss at the new rates is from its quadratic model, on one batch.
+
+    Attributes:
+      quotient: |actual - quadratic decrease| / (eta^T hbar eta / 2), ().
+      reliable: whether the quotient is more than rounding, bool ().
+      gross: whether the step isn't finite or the loss rises above the model by
+        more than the model's own terms, bool ().
+    """
+
+    quotient: jax.Array
+    reliable: jax.Array
+    gross: jax.Array
+
+
+def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> ModelError:
+    """The error of ``L(theta) - gbar^T eta + eta^T hbar eta / 2`` as a model of the loss at ``theta - eta u``.
+
+    Args:
+      summary: at theta, of the batch that ``loss_after`` is of; not an average.
+      eta: the rates as they are used, (S,).
+      loss_after: L(theta - sum_s eta_s u_s), ().
+
+    Returns:
+      A :class:`ModelError`. The quotient isn't reliable where the curvature term
+      isn't positive or the decrease is within 16 units of rounding of the loss.
+    """
+    slope = jnp.vdot(summary.gbar, eta, precision="highest")
+    curvature = jnp.vdot(eta, jnp.matmul(summary.hbar, eta, precision="highest"), precision="highest") / 2
+    decrease = summary.loss - loss_after
+    excess = (slope - curvature) - decrease
+    rounding = 16 * jnp.finfo(eta.dtype).eps * jnp.abs(summary.loss)
+    quotient = jnp.abs(excess) / jnp.where(curvature > 0, curvature, 1)
+    reliable = (curvature > 0) & (jnp.abs(slope - curvature) > rounding) & jnp.isfinite(quotient)
+    gross = ~(excess <= jnp.abs(slope) + jnp.abs(curvature) + rounding)
+    return ModelError(quotient, reliable, gross)
+
+
+def adaptive_damping(initial: float = 1.0, floor: float = 0.1) -> AdaptiveDamping:
+    """An internal damping that follows the error of the quadratic model.
+
+    At each refresh, on its own batch and with the rates about to be used::
+
+      error = |actual - quadratic decrease| / (eta^T hbar eta / 2)
+
+    Above 1/2 the damping doubles, below 1/10 it halves, and where the step is grossly
+    worse than the model (or not finite) it is multiplied by 4. It costs one more
+    evaluation of the loss per refresh.
+
+    Args:
+      initial: the damping at the start, positive, without unit.
+      floor: the least damping, positive.
+
+    Returns:
+      An :class:`AdaptiveDamping`, for ``internal_damping``.
+
+    Raises:
+      ValueError: if ``floor`` isn't positive and finite or ``initial`` is below it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rule = adaptive_damping()
+      >>> error = ModelError(jnp.array(0.7), jnp.array(True), jnp.array(False))
+      >>> float(rule.update(jnp.array(1.0), error))
+      2.0
+    """
+    if not any(isinstance(x, jax.core.Tracer) for x in (initial, floor)) and not 0 < floor <= initial < float("inf"):
+        raise ValueError(
+            f"adaptive_damping needs 0 < floor <= initial, both finite, got initial={initial!r} and floor={floor!r}"
+        )
+
+    def update(damping, error):
+        factor = jnp.where(error.quotient > 0.5, 2.0, jnp.where(error.quotient < 0.1, 0.5, 1.0))
+        factor = jnp.where(error.gross, 4.0, jnp.where(error.reliable, factor, 1.0))
+        largest = jnp.sqrt(jnp.finfo(damping.dtype).max)
+        return jnp.clip(damping * factor.astype(damping.dtype), floor, largest)
+
+    return AdaptiveDamping(initial, update)
+
+
+def growing_period(longest: int = 20) -> Callable[[jax.Array], jax.Array]:
+    """Steps to the next refresh: few at the start, where rates change fastest, then ``longest``.
+
+    ::
+
+      period(count) = min(1 + count // 2, longest)
+
+    Args:
+      longest: at least 1.
+
+    Returns:
+      A schedule, for ``refresh_every``.
+
+    Raises:
+      ValueError: if ``longest`` isn't an integer of at least 1.
+
+    Example:
+      >>> [int(growing_period()(count)) for count in (0, 1, 10, 100)]
+      [1, 1, 6, 20]
+    """
+    check_period("longest", longest)
+    return lambda count: jnp.minimum(1 + count // 2, longest)
+
+
+def check_period(name, period):
+    # optax.inject_hyperparams traces numbers.
+    if not isinstance(period, jax.core.Tracer) and (period != int(period) or period < 1):
+        raise ValueError(f"{name} must be an integer of at least 1, got {period!r}")
 
 
 def _positive_root(a1, a2, a3):

@@ -10,7 +10,9 @@ import optax
 from jax import lax
 
 from grouped_newton import groups as _groups
+from grouped_newton import progress as _progress
 from grouped_newton import rates as _rates
+from grouped_newton.averaging import average_params
 from grouped_newton.cubic import CubicStatus
 from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
 
@@ -20,8 +22,13 @@ class GroupedNewtonState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 ().
-      eta: the rule's rates, unclipped, before the learning rate, (S,).
-      damping: the internal damping of the last refresh, ().
+      next_refresh: the step at which the next refresh is due, int32 ().
+      eta: the rule's rates, unclipped, before scale and learning rate, (S,).
+      scale: factor on all rates, 1 without a scale rule, ().
+      damping: the internal damping, of the last refresh or, where it adapts, for
+        the next one, ().
+      model_error: quotient of the last refresh where the damping adapts, see
+        ``adaptive_damping``; 0 otherwise and where it isn't reliable, ().
       loss: the loss at the last refresh, ().
       gbar, hbar, third: running averages of the summary, third being |third|,
         (S,), (S, S), (S,).
@@ -30,11 +37,16 @@ class GroupedNewtonState(NamedTuple):
       rejected: refreshes that changed no rate, for want of finite numbers or of
         a minimiser, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
+      window_sum, window_spread, window_count, window_mean, deviation: losses
+        that the scale rule judges by, see :mod:`grouped_newton.progress`, ().
     """
 
     count: jax.Array
+    next_refresh: jax.Array
     eta: jax.Array
+    scale: jax.Array
     damping: jax.Array
+    model_error: jax.Array
     loss: jax.Array
     gbar: jax.Array
     hbar: jax.Array
@@ -43,15 +55,21 @@ class GroupedNewtonState(NamedTuple):
     refreshes: jax.Array
     rejected: jax.Array
     uphill: jax.Array
+    window_sum: jax.Array
+    window_spread: jax.Array
+    window_count: jax.Array
+    window_mean: jax.Array
+    deviation: jax.Array
 
 
 def scale_by_grouped_newton(
     groups: _groups.Grouping = _groups.per_tensor,
     *,
-    internal_damping: float | Callable[[jax.Array], Any] = 1.0,
-    refresh_every: int = 10,
+    internal_damping: float | Callable[[jax.Array], Any] | _rates.AdaptiveDamping = 1.0,
+    refresh_every: int | Callable[[jax.Array], Any] = 10,
     rates: _rates.RateRule = _rates.cubic_rates(),
     summary_decay: float = 0.0,
+    scale_rule: _progress.ScaleRule | None = None,
     nonnegative: bool = True,
     method: str = "sweep",
     max_stack: int | None = None,
@@ -61,12 +79,13 @@ def scale_by_grouped_newton(
     The updates u that come in are a direction, not negated: the gradient, or
     what ``optax.scale_by_adam`` makes of it. What goes out is, on group s::
 
-      max(eta_s, 0) u_s,   eta = rates(average of the summaries along u, lambda)
+      scale max(eta_s, 0) u_s,   eta = rates(average of the summaries along u, lambda)
 
     Every ``refresh_every`` steps, the first included, the summary of
     ``value_fn`` along u is taken and eta renewed; in between nothing but the
-    product is computed. The defaults are the paper's; :func:`grouped_newton` is
-    the optimizer with the defaults that train best.
+    product is computed. ``scale`` is 1 unless there is a ``scale_rule``. The defaults
+    are the paper's; :func:`grouped_newton` is the optimizer with the defaults that
+    train best.
 
     When a refresh finds no minimiser or a number that isn't finite, the last
     rates stay. Before there are any, the edge rule steps in for a rule without
@@ -75,17 +94,23 @@ def scale_by_grouped_newton(
     finite gives a zero step.
 
     ``update`` takes ``params`` and ``value_fn``, a function from params to one real
-    number. Extra arguments named in its signature are passed to it, others are
-    ignored. Close over the batch inside the jitted step; another batch than the
-    gradient's gives slopes without that batch's noise.
+    number. A scale rule judges by ``value``, the loss of each step, if it is given,
+    and by the losses at refreshes if not, which is less sure and later. Extra
+    arguments named in ``value_fn``'s signature are passed to it, others are ignored.
+    Close over the batch inside the jitted step; another batch than the gradient's
+    gives slopes without that batch's noise.
 
     Args:
       groups: a grouping, see :mod:`grouped_newton.groups`; per tensor by default.
-      internal_damping: lambda >= 0, without unit, or a schedule of the step.
-      refresh_every: steps between two summaries, at least 1.
+      internal_damping: lambda >= 0, without unit, a schedule of the step, or
+        :func:`adaptive_damping`, which evaluates the loss once more per refresh.
+      refresh_every: steps between two summaries, at least 1, or a schedule of the
+        step such as :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
       summary_decay: weight in [0, 1) of the past in the bias-corrected average,
         per refresh; 0 uses the latest summary alone.
+      scale_rule: ``(scale, whether the loss fell) -> scale``, such as
+        :func:`success_rule`; None keeps the scale at 1.
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
       max_stack: bounds the memory of a refresh, see :func:`summarize`.
@@ -114,9 +139,22 @@ def scale_by_grouped_newton(
       P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
-    _check_arguments(internal_damping, refresh_every, rates, summary_decay)
+    _check_arguments(internal_damping, refresh_every, rates, summary_decay, scale_rule)
     check_options(method, 3, max_stack)
-    damping_at = internal_damping if callable(internal_damping) else lambda _: internal_damping
+    adaptive = internal_damping if isinstance(internal_damping, _rates.AdaptiveDamping) else None
+
+    def damping_at(state):
+        if adaptive:
+            return state.damping
+        return internal_damping(state.count) if callable(internal_damping) else internal_damping
+
+    def refresh_after(count):
+        if callable(refresh_every):
+            return count + jnp.maximum(refresh_every(count), 1).astype(jnp.int32)
+        return (count // refresh_every + 1) * refresh_every
+
+    def used(eta, scale):
+        return scale * (jnp.maximum(eta, 0) if nonnegative else eta)
 
     def init(params):
         partition = _resolve(groups, params)
@@ -125,13 +163,16 @@ def scale_by_grouped_newton(
         # No two fields share a buffer, so that the state can be donated.
         return GroupedNewtonState(
             count=integer(0),
+            next_refresh=integer(0),
             eta=jnp.zeros(partition.num_groups, dtype),
-            damping=jnp.zeros((), dtype),
+            damping=jnp.array(adaptive.initial if adaptive else 0.0, dtype),
+            model_error=jnp.zeros((), dtype),
             status=integer(CubicStatus.SOLVED),
             refreshes=integer(0),
             rejected=integer(0),
             uphill=integer(0),
             **zeros(partition.num_groups, dtype)._asdict(),
+            **_progress.start(dtype)._asdict(),
         )
 
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
@@ -143,15 +184,36 @@ def scale_by_grouped_newton(
                 " these params; call init with the params and grouping that are used in update"
             )
         loss_fn = _with_arguments(value_fn, extra_args)
+        value = extra_args.get("value")
+        progress = _progress_of(state)
+        if scale_rule and value is not None:
+            progress = _progress.observe(progress, value, scale_rule)
 
         def refresh(state):
             summary = summarize(loss_fn, params, updates, groups, method=method, max_stack=max_stack)
-            return _refreshed(state, summary, damping_at(state.count), rates, summary_decay)
+            state = _refreshed(state, summary, damping_at(state), rates, summary_decay)
+            progress = _progress_of(state)
+            if scale_rule and value is not None:
+                progress = _progress.close_window(progress, scale_rule)
+            elif scale_rule:
+                progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
+            if adaptive:
+                eta = used(state.eta, progress.scale)
+                after = loss_fn(jax.tree.map(_minus, params, partition.scale(eta, updates)))
+                error = _rates.model_error(summary, eta, after.astype(eta.dtype))
+                state = state._replace(
+                    damping=adaptive.update(state.damping, error).astype(eta.dtype),
+                    model_error=jnp.where(error.reliable, error.quotient, 0),
+                )
+                if scale_rule:
+                    shrunk = scale_rule(progress.scale, False).astype(eta.dtype)
+                    progress = progress._replace(scale=jnp.where(error.gross, shrunk, progress.scale))
+            next_refresh = jnp.asarray(refresh_after(state.count), jnp.int32)
+            return state._replace(next_refresh=next_refresh, **progress._asdict())
 
-        due = (state.count % refresh_every == 0) | jnp.all(state.eta == 0)
-        state = lax.cond(due, refresh, lambda state: state, state)
-        eta = jnp.maximum(state.eta, 0) if nonnegative else state.eta
-        scaled = partition.scale(eta, updates)
+        due = (state.count >= state.next_refresh) | jnp.all(state.eta == 0)
+        state = lax.cond(due, refresh, lambda state: state, state._replace(**progress._asdict()))
+        scaled = partition.scale(used(state.eta, state.scale), updates)
         finite = _all_finite(scaled)
         scaled = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), scaled)
         return scaled, state._replace(count=optax.safe_increment(state.count))
@@ -164,10 +226,12 @@ def grouped_newton(
     groups: _groups.Grouping = _groups.per_module,
     *,
     direction: optax.GradientTransformation | None = None,
-    internal_damping: float | Callable[[jax.Array], Any] = 1.0,
-    refresh_every: int = 10,
-    rates: _rates.RateRule = _rates.edge_rates(1.5),
-    summary_decay: float = 0.8,
+    internal_damping: float | Callable[[jax.Array], Any] | _rates.AdaptiveDamping = _rates.adaptive_damping(),
+    refresh_every: int | Callable[[jax.Array], Any] = _rates.growing_period(20),
+    rates: _rates.RateRule = _rates.edge_rates(1.8),
+    summary_decay: float = 0.85,
+    scale_rule: _progress.ScaleRule | None = _progress.success_rule(),
+    averaging: float | None = 0.1,
     nonnegative: bool = True,
     method: str = "sweep",
     max_stack: int | None = None,
@@ -175,9 +239,14 @@ def grouped_newton(
     """An optimizer that computes its learning rates, one per group of parameters.
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
-    optax.scale_by_learning_rate(learning_rate))``, with the defaults that train
-    best untuned: Adam's direction, a group a module, a summary every 10 steps,
-    averaged over about 50, and :func:`edge_rates`.
+    optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with
+    the defaults that train best untuned: Adam's direction, a group a module,
+    :func:`edge_rates` of a summary every 20 steps averaged over about 130, a damping
+    that follows the model's error, a scale that follows the loss, and an average of
+    the parameters to evaluate at, ``eval_params(state, params)``. Pass ``value``, the
+    loss of the step, to ``update``: the scale reacts sooner and to spikes.
+
+    The direction keeps its state, and the step is zero, where a gradient isn't finite.
 
     Args:
       learning_rate: a factor on all computed rates, or a schedule of the step;
@@ -188,10 +257,15 @@ def grouped_newton(
         ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
         negated direction gets negative rates: nothing moves unless
         ``nonnegative=False``, and the state's ``uphill`` counts.
-      internal_damping: lambda >= 0, without unit, or a schedule of the step.
-      refresh_every: steps between two summaries, at least 1.
+      internal_damping: lambda >= 0, without unit, a schedule of the step, or
+        :func:`adaptive_damping`, the default.
+      refresh_every: steps between two summaries, at least 1, or a schedule of the
+        step, by default :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
       summary_decay: weight in [0, 1) of the past in the average, per refresh.
+      scale_rule: see :func:`scale_by_grouped_newton`; :func:`success_rule` by default.
+      averaging: fraction of the steps, see :func:`average_params`; None keeps no
+        average, which saves one copy of the parameters.
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
       max_stack: bounds the memory of a refresh, see :func:`summarize`.
@@ -228,20 +302,45 @@ def grouped_newton(
         raise TypeError(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
-    return optax.chain(
-        direction,
+    transforms = [
+        _kept_when_not_finite(direction),
         scale_by_grouped_newton(
             groups,
             internal_damping=internal_damping,
             refresh_every=refresh_every,
             rates=rates,
             summary_decay=summary_decay,
+            scale_rule=scale_rule,
             nonnegative=nonnegative,
             method=method,
             max_stack=max_stack,
         ),
         optax.scale_by_learning_rate(learning_rate),
-    )
+    ]
+    if averaging is not None:
+        transforms.append(optax.masked(average_params(averaging), lambda params: _in_a_group(groups, params)))
+    return optax.chain(*transforms)
+
+
+def _kept_when_not_finite(direction):
+    """The direction, whose state stays as it was where a gradient isn't finite."""
+    direction = optax.with_extra_args_support(direction)
+
+    def update(updates, state, params=None, **extra_args):
+        finite = _all_finite(updates)
+        updates, new = direction.update(updates, state, params, **extra_args)
+        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+
+    return optax.GradientTransformationExtraArgs(direction.init, update)
+
+
+def _in_a_group(groups, params):
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([g >= 0 for g in _resolve(groups, params).index]) if leaves else params
+
+
+def _minus(x, step):
+    return (x - step).astype(jnp.result_type(x))
 
 
 def _refreshed(state, summary, damping, rates, summary_decay):
@@ -257,10 +356,9 @@ def _refreshed(state, summary, damping, rates, summary_decay):
 
     solution = rates(average, damping)
     no_rates_yet = jnp.all(state.eta == 0)
-    edge = _rates.edge_rates()(average, damping)
-    fall_back = no_rates_yet & (solution.status == CubicStatus.UNBOUNDED) & (edge.status < CubicStatus.UNBOUNDED)
-    eta = jnp.where(fall_back, edge.eta, solution.eta).astype(dtype)
-    found = fall_back | (solution.status < CubicStatus.UNBOUNDED)
+    fall_back = no_rates_yet & (solution.status == CubicStatus.UNBOUNDED)
+    outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
+    eta, found = lax.cond(fall_back, lambda: outcome(_rates.edge_rates()(average, damping)), lambda: outcome(solution))
     accepted = finite & found & _all_finite(eta)
     status = jnp.where(finite, solution.status, CubicStatus.NOT_FINITE)
     return state._replace(
@@ -274,8 +372,14 @@ def _refreshed(state, summary, damping, rates, summary_decay):
     )
 
 
+def _progress_of(state):
+    return _progress.Progress(*(getattr(state, name) for name in _progress.Progress._fields))
+
+
 def _all_finite(tree):
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
+    """Whether every number is finite; 0 x is NaN where x isn't, and sums are faster than conjunctions."""
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.stack([jnp.sum(0 * x) == 0 for x in floating] or [jnp.array(True)]).all()
 
 
 def _resolve(groups, params):
@@ -309,14 +413,19 @@ def _check_update_arguments(params, value_fn):
         raise TypeError(f"value_fn must be a function from params to the loss, got {value_fn!r}")
 
 
-def _check_arguments(internal_damping, refresh_every, rates, summary_decay):
-    def known(value):  # optax.inject_hyperparams traces numbers
+def _check_arguments(internal_damping, refresh_every, rates, summary_decay, scale_rule):
+    def known(value):
         return not isinstance(value, jax.core.Tracer)
 
-    if not callable(internal_damping) and known(internal_damping) and not 0 <= internal_damping < float("inf"):
+    fixed = not callable(internal_damping) and not isinstance(internal_damping, _rates.AdaptiveDamping)
+    if fixed and known(internal_damping) and not 0 <= internal_damping < float("inf"):
         raise ValueError(f"internal_damping must be finite and at least 0, got {internal_damping!r}")
-    if known(refresh_every) and (refresh_every != int(refresh_every) or refresh_every < 1):
-        raise ValueError(f"refresh_every must be an integer of at least 1, got {refresh_every!r}")
+    if not callable(refresh_every):
+        _rates.check_period("refresh_every", refresh_every)
+    if scale_rule is not None and not callable(scale_rule):
+        raise TypeError(
+            f"scale_rule must be None or a function (scale, fell) -> scale, such as success_rule(), got {scale_rule!r}"
+        )
     if known(summary_decay) and not 0 <= summary_decay < 1:
         raise ValueError(f"summary_decay must be in [0, 1), got {summary_decay!r}")
     if not callable(rates):

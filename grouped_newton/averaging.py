@@ -1,0 +1,124 @@
+"""The average of the parameters over the latest part of training, to evaluate at."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class AverageParamsState(NamedTuple):
+    """State of :func:`average_params`.
+
+    Attributes:
+      average: averaged parameters, in at least float32; leaves that aren't
+        floating-point as they were at ``init``.
+      averaged: steps in the average, int32 ().
+    """
+
+    average: Any
+    averaged: jax.Array
+
+
+def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraArgs:
+    """Keeps an average of the parameters over about the last ``fraction`` of all steps.
+
+    It leaves the updates as they are. The last transform of a chain, it sees the
+    parameters after step t (from 0), theta = params + updates::
+
+      average <- (1 - w) average + w theta,   w = 1 / (1 + fraction t)
+
+    so no horizon is needed, and the first step replaces the initial parameters.
+    :func:`eval_params` finds the average in the state.
+
+    Args:
+      fraction: in (0, 1], of the steps so far, without unit.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError: if ``fraction`` is out of range, or ``update`` lacks ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = average_params(1.0)
+      >>> params = jnp.array(0.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jnp.array(1.0), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> float(params), float(eval_params(state, params))
+      (3.0, 2.0)
+
+    References:
+      O. Shamir and T. Zhang, Stochastic Gradient Descent for Non-smooth
+      Optimization, arXiv 1212.1824 (polynomial-decay averaging).
+    """
+    if not isinstance(fraction, jax.core.Tracer) and not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
+
+    def init(params):
+        # A copy, so that params and state can both be donated.
+        average = jax.tree.map(lambda x: jnp.array(x, _dtype(x), copy=True), params)
+        return AverageParamsState(average, jnp.array(0, jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError("average_params needs the current params: tx.update(updates, state, params)")
+        w = 1 / (1 + fraction * state.averaged.astype(jnp.float32))
+
+        def mix(average, x, u):
+            if not jnp.issubdtype(average.dtype, jnp.inexact):
+                return average
+            theta = (x + u).astype(x.dtype).astype(average.dtype)
+            return average + w.astype(average.dtype) * (theta - average)
+
+        average = jax.tree.map(mix, state.average, params, updates)
+        return updates, AverageParamsState(average, optax.safe_increment(state.averaged))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def eval_params(state: Any, params: Any) -> Any:
+    """The averaged parameters in an optimizer's state, to evaluate and deploy.
+
+    Args:
+      state: the state of an optimizer with :func:`average_params` in it, at any
+        depth, such as that of ``grouped_newton()``; an NNX optimizer's ``opt_state``.
+      params: the current parameters; those that aren't averaged are returned as they are.
+
+    Returns:
+      The average, with the structure and dtypes of ``params``.
+
+    Raises:
+      ValueError: if the state holds no average or several, or of other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones(2)}
+      >>> tx = optax.chain(optax.sgd(0.1), average_params())
+      >>> eval_params(tx.init(params), params)["w"].tolist()
+      [1.0, 1.0]
+    """
+    is_state = lambda x: isinstance(x, AverageParamsState)
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the state holds {len(found)} averages of the params and must hold one: give the state of an optimizer"
+            " made with averaging, such as grouped_newton() or optax.chain(..., average_params())"
+        )
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    average = jax.tree.leaves(found[0].average, is_leaf=is_masked)
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [None if is_masked(a) else jnp.shape(a) for a in average]
+    if len(average) != len(leaves) or any(s not in (None, jnp.shape(x)) for s, x in zip(shapes, leaves, strict=True)):
+        raise ValueError("the average in the state is of other parameters than these; give those of the training step")
+    averaged = [x if is_masked(a) else jnp.asarray(a).astype(x.dtype) for a, x in zip(average, leaves, strict=True)]
+    return treedef.unflatten(averaged)
+
+
+def _dtype(x):
+    dtype = jnp.result_type(x)
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype

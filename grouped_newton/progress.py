@@ -1,0 +1,124 @@
+"""A scale on all rates that follows whether the loss falls, from windows of its values.
+
+  v_k           losses of a window of steps, or of one refresh where no losses are given
+  window_mean   mean of the last window that closed      deviation  mean |v_k - window_mean| over it
+  scale         in (0, 1], a factor on all rates
+
+A window closes at a refresh. A value over window_mean + 8 deviation is a spike: the
+scale shrinks at once, and the value counts as that limit.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ScaleRule = Callable[[Any, Any], jax.Array]
+
+SPIKE = 8.0
+LEAST_WINDOW = 5
+
+
+class Progress(NamedTuple):
+    """Scalars; ``window_mean`` is the largest number before there is any, ``deviation`` 0."""
+
+    scale: jax.Array
+    window_sum: jax.Array
+    window_spread: jax.Array
+    window_count: jax.Array
+    window_mean: jax.Array
+    deviation: jax.Array
+
+
+def success_rule(shrink: float = 0.7, grow: float = 1.2, floor: float = 1e-3) -> Callable[[Any, Any], jax.Array]:
+    """A scale on all rates: up while the loss falls, down when it doesn't.
+
+    ::
+
+      scale <- clip(scale * (grow if the loss fell else shrink), floor, 1)
+
+    A summary describes single steps and a sample of them; oscillations that
+    build up over many steps, and spikes between two refreshes, show in the loss
+    alone. With the defaults the scale stays at 1 while two windows of three are
+    better than the one before.
+
+    Args:
+      shrink: in (0, 1).
+      grow: above 1.
+      floor: the least scale, in (0, 1].
+
+    Returns:
+      A function ``(scale, fell) -> scale``, for ``scale_rule``.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> rule = success_rule()
+      >>> float(rule(1.0, True)), round(float(rule(1.0, False)), 3)
+      (1.0, 0.7)
+    """
+    if not (0 < shrink < 1 < grow < float("inf") and 0 < floor <= 1):
+        raise ValueError(
+            "success_rule needs 0 < shrink < 1 < grow and 0 < floor <= 1,"
+            f" got shrink={shrink!r}, grow={grow!r}, floor={floor!r}"
+        )
+    return lambda scale, fell: jnp.clip(scale * jnp.where(fell, grow, shrink), floor, 1)
+
+
+def start(dtype: Any) -> Progress:
+    """Nothing seen yet."""
+    number = lambda value: jnp.array(value, dtype)
+    largest = jnp.finfo(dtype).max
+    return Progress(number(1), number(0), number(0), jnp.array(0, jnp.int32), number(largest), number(0))
+
+
+def observe(progress: Progress, value: Any, rule: ScaleRule) -> Progress:
+    """Adds the loss of a step to the open window, and shrinks the scale at once if it is a spike."""
+    dtype = progress.scale.dtype
+    value = jnp.asarray(value).astype(dtype)
+    known = progress.deviation > 0
+    limit = progress.window_mean + SPIKE * progress.deviation
+    finite = jnp.isfinite(value)
+    spike = ~finite | (known & (value > limit))
+    counts = finite | known
+    value = jnp.where(spike, limit, value)
+    distance = jnp.abs(value - progress.window_mean)
+    add = lambda total, x: total + jnp.where(counts, x, 0)
+    return progress._replace(
+        scale=jnp.where(spike, rule(progress.scale, False), progress.scale).astype(dtype),
+        window_sum=add(progress.window_sum, value),
+        window_spread=add(progress.window_spread, jnp.where(_any_closed(progress), distance, 0)),
+        window_count=progress.window_count + counts.astype(jnp.int32),
+    )
+
+
+def close_window(progress: Progress, rule: ScaleRule) -> Progress:
+    """Compares the open window's mean with the last one's and starts anew, once it has a few values."""
+    due = progress.window_count >= LEAST_WINDOW
+    count = jnp.maximum(progress.window_count, 1)
+    mean = progress.window_sum / count
+    closed = progress._replace(
+        scale=rule(progress.scale, mean <= progress.window_mean).astype(mean.dtype),
+        window_sum=jnp.zeros_like(mean),
+        window_spread=jnp.zeros_like(mean),
+        window_count=jnp.zeros_like(progress.window_count),
+        window_mean=mean,
+        deviation=progress.window_spread / count,
+    )
+    return jax.tree.map(lambda new, old: jnp.where(due, new, old), closed, progress)
+
+
+def judge_refresh(progress: Progress, loss: Any, rule: ScaleRule) -> Progress:
+    """As :func:`close_window` where no values are given: compares a refresh's loss with an average of those before."""
+    mean = progress.window_mean
+    average = jnp.where(_any_closed(progress), mean + 0.3 * (loss - mean), loss)
+    return progress._replace(
+        scale=rule(progress.scale, loss <= mean).astype(mean.dtype),
+        window_mean=jnp.where(jnp.isfinite(loss), average, mean).astype(mean.dtype),
+    )
+
+
+def _any_closed(progress):
+    return progress.window_mean < jnp.finfo(progress.window_mean.dtype).max
