@@ -214,8 +214,8 @@ def scale_by_grouped_newton(
         due = (state.count >= state.next_refresh) | jnp.all(state.eta == 0)
         state = lax.cond(due, refresh, lambda state: state, state._replace(**progress._asdict()))
         scaled = partition.scale(used(state.eta, state.scale), updates)
-        finite = _all_finite(scaled)
-        scaled = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), scaled)
+        finite = _all_finite(updates)  # the same for the direction's state: computed once
+        scaled = jax.tree.map(lambda x: jnp.where(finite & jnp.isfinite(x), x, jnp.zeros_like(x)), scaled)
         return scaled, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -323,12 +323,12 @@ def grouped_newton(
 
 
 def _kept_when_not_finite(direction):
-    """The direction, whose state stays as it was where a gradient isn't finite."""
+    """The direction, whose state stays as it was where what it makes of a gradient isn't finite."""
     direction = optax.with_extra_args_support(direction)
 
     def update(updates, state, params=None, **extra_args):
-        finite = _all_finite(updates)
         updates, new = direction.update(updates, state, params, **extra_args)
+        finite = _all_finite(updates)
         return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
