@@ -72,9 +72,8 @@ def select(stack, ranks):
 def gram(x, y):
     """<x_s, y_t> for all s and t, accumulated in at least float32."""
     dtype = wide(jnp.promote_types(x.dtype, y.dtype))
-    x, y = x.astype(dtype), y.astype(dtype)
-    axes = tuple(range(1, x.ndim))
-    return lax.dot_general(x, y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST).real
+    x, y = x.astype(dtype).reshape(len(x), -1), y.astype(dtype).reshape(len(y), -1)
+    return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST).real
 
 
 def inner(x, y):

@@ -210,9 +210,11 @@ def tangent(program, env, lam, first, second, sums, order):
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
         if all(x is None for x in x1):
             continue
+        if node.kind != "linear":
+            x1, x2 = sums.settled(x1, x2)
+            first.update((v, x) for v, x in zip(node.active, x1, strict=True) if x is not None)
+            second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
         outs1, outs2 = rules[node.kind](node, env, lam, x1, x2, sums, order)
-        if node.kind == "unary":
-            outs1, outs2 = sums.settled(outs1, outs2)
         first.update((v, z) for v, z in zip(node.outs, outs1, strict=True) if z is not None)
         second.update((v, z) for v, z in zip(node.outs, outs2, strict=True) if z is not None)
     return first, second
@@ -234,17 +236,18 @@ class Sums:
     def add_third(self, ranks, values):
         self.third.append(placed(Stack(ranks, values), self.num_groups, self.dtype))
 
-    def settled(self, outs1, outs2):
-        """The stacks of tangents, not to be read before all terms so far are added up.
+    def settled(self, x1, x2):
+        """The stacks of tangents that a node is about to read, not to be read before all terms so far are added up.
 
-        Left alone, XLA puts the terms off and keeps every stack that they read: five times the memory, and slower.
+        A node reads its stacks several times. Left alone, XLA computes sums and slices anew for every reader, and puts
+        the terms off and keeps every stack that they read: five times the memory, and slower.
         """
         _, hbar, third = self.totals()
-        arrays = [None if z is None else z.array for z in (*outs1, *outs2)]
+        arrays = [None if x is None else x.array for x in (*x1, *x2)]
         arrays, hbar, third = lax.optimization_barrier((arrays, hbar, third))
         self.hbar, self.third = [hbar], [third]
-        stacks = [None if z is None else Stack(z.ranks, x) for z, x in zip((*outs1, *outs2), arrays, strict=True)]
-        return stacks[: len(outs1)], stacks[len(outs1) :]
+        stacks = [None if x is None else Stack(x.ranks, a) for x, a in zip((*x1, *x2), arrays, strict=True)]
+        return stacks[: len(x1)], stacks[len(x1) :]
 
     def totals(self):
         zero = jnp.zeros((self.num_groups,), self.dtype)
@@ -374,7 +377,7 @@ def _push(node, env, i):
 
 
 def _unary_derivatives(node, env, order):
-    """f', f'', ... of an elementwise node, arrays of the shape of its operand; computed once."""
+    """f', f'', ... of an elementwise node, arrays of the shape of its operand; computed once, not for every row."""
     found = env.setdefault((node.outs[0], "derivatives"), [])
     fn = _restricted(node, env, [0])
     derivative = lambda x: fn([x])[0]
@@ -384,7 +387,7 @@ def _unary_derivatives(node, env, order):
         derivative = lambda x, f=derivative: jax.jvp(f, (x,), (ones,))[1]
         if k >= len(found):
             value = derivative(x)
-            found.append(value.astype(wide(value.dtype)))
+            found.append(lax.optimization_barrier(value.astype(wide(value.dtype))))
     return found[:order]
 
 

@@ -1,6 +1,7 @@
 """The sweep equals the nested definition on a zoo of small losses, one for each thing that a loss may contain."""
 
 import itertools
+import math
 
 import chex
 import jax
@@ -728,13 +729,14 @@ WIDTHS, BATCH = (11, 7, 13, 5, 9, 3), 17
 
 
 def matmul_work(jaxpr):
-    """Multiplications in all matrix products: those that contract one axis. Gram matrices contract all but one."""
-    total = 0
+    """Multiplications in all matrix products but Gram matrices, which contract whole values and are S x S at most."""
+    total, values = 0, {m * n for m, n in [*itertools.pairwise(WIDTHS), *((BATCH, width) for width in WIDTHS)]}
     for eqn in equations(jaxpr, live_only=True):
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            if len(contracted) == 1:
-                total += eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[contracted[0]]
+            size = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            if size not in values or eqn.outvars[0].aval.size > (len(WIDTHS) - 1) ** 2:
+                total += eqn.outvars[0].aval.size * size
     return total
 
 
