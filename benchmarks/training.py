@@ -4,7 +4,7 @@ Three phases, each resumes where the results file ends: *run* trains, *time* mea
 turns in one process, *report* prints the table and draws the picture.
 
 Every step draws its batch from (seed, step), so all optimizers see the same ones; ``value_fn`` is the loss on another
-batch of the same size (on full-batch tasks, on the same data). Losses are of the whole training set, at most its first
+batch of the same size, for grouped_newton on the same batch. Losses are of the whole training set, at most its first
 ``Task.evaluated`` rows, at about 20 checkpoints. A figure is (loss + 1e-4) / (loss of the best Adam + 1e-4), averaged
 geometrically over seeds; the best of a grid is, per task, the setting with the lowest final training loss. A loss that
 is not finite counts as the loss at the start.
@@ -81,6 +81,8 @@ OPTIMIZERS = {
     "grouped_newton": (gn.grouped_newton, [{}]),
 }
 FULL_BATCH_ONLY = {"lbfgs"}
+# value_fn is the loss on the gradient's own batch; on another one of the same size for all others.
+OWN_BATCH = {"grouped_newton"}
 WITHOUT_RATE = ("schedule-free adamw", "prodigy", "momo_adam", "dowg")
 # One setting of a grid, shown beside its best.
 SINGLED_OUT = {
@@ -93,16 +95,16 @@ SINGLED_OUT = {
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(loss, make, batch_size):
+def _compiled(loss, make, batch_size, curvature):
     """Jitted start and step; hyperparameters that are floats are traced, so that a grid compiles once."""
 
     def optimizer(traced, static):
         return optax.with_extra_args_support(make(**traced, **dict(static)))
 
-    def draw(key, data):
+    def draw(key, data, times=1):
         if batch_size is None:
             return data
-        rows = jax.random.randint(key, (batch_size,), 0, len(jax.tree.leaves(data)[0]))
+        rows = jax.random.randint(key, (times * batch_size,), 0, len(jax.tree.leaves(data)[0]))
         return jax.tree.map(lambda x: x[rows], data)
 
     @functools.partial(jax.jit, static_argnames="static")
@@ -115,17 +117,18 @@ def _compiled(loss, make, batch_size):
         key, other = jax.random.split(jax.random.fold_in(jax.random.key(seed), count))
         batch = draw(key, data)
         value, grads = jax.value_and_grad(loss)(params, batch)
+        value_fn = lambda p: loss(p, draw(other, data, curvature) if curvature else batch)
         updates, state = optimizer(traced, static).update(
-            grads, state, params, value=value, grad=grads, value_fn=lambda p: loss(p, draw(other, data))
+            grads, state, params, value=value, grad=grads, value_fn=value_fn
         )
         return optax.apply_updates(params, updates), state, count + 1
 
     return start, step
 
 
-def prepare(task: Task, make: Callable, hypers: dict, seed: int, steps: int | None = None):
+def prepare(task: Task, make: Callable, hypers: dict, seed: int, steps: int | None = None, curvature: int = 1):
     """The carry (params, state, count) before the first step, and carry -> carry, compiled at the first call."""
-    start, step = _compiled(task.loss, make, task.batch_size)
+    start, step = _compiled(task.loss, make, task.batch_size, curvature)
     if "steps" in inspect.signature(make).parameters:
         hypers = hypers | {"steps": steps or task.steps}
     traced = {name: jnp.asarray(value, jnp.float32) for name, value in hypers.items() if isinstance(value, float)}
@@ -153,6 +156,7 @@ def run(
     *,
     steps: int | None = None,
     checkpoints: int = 20,
+    curvature: int = 1,
     eval_params: Callable = default_eval_params,
 ) -> dict[str, Any]:
     """Trains once.
@@ -164,6 +168,7 @@ def run(
       seed: of the initialisation and the batches.
       steps: the task's by default.
       checkpoints: how often both losses are taken, besides at the start.
+      curvature: the size of value_fn's batch over the gradient's; 0 for the gradient's own batch.
       eval_params: (state, params) -> the params that are evaluated.
 
     Returns:
@@ -174,7 +179,7 @@ def run(
     evaluate = jax.jit(task.loss)
     rows = (lambda data: data) if task.batch_size is None else _first_rows(task.evaluated)
     data = rows(task.train), rows(task.test)
-    carry, step = prepare(task, make, hypers, seed, steps)
+    carry, step = prepare(task, make, hypers, seed, steps, curvature)
     at = sorted({round(steps * k / checkpoints) for k in range(checkpoints + 1)})
     losses, done = [], 0
     for stop in at:
@@ -231,7 +236,8 @@ def sweep(
     with tqdm(todo, disable=None) as bar:
         for task, make, head in bar:
             bar.set_description(f"{task.name}: {head['optimizer']}")
-            _append(path, head | run(task, make, head["hypers"], head["seed"], **options))
+            own = {"curvature": 0} if head["optimizer"] in OWN_BATCH else {}
+            _append(path, head | run(task, make, head["hypers"], head["seed"], **(own | options)))
 
 
 def _key(record):
@@ -267,7 +273,7 @@ def measure(task: Task, optimizers: dict[str, tuple[Callable, Any]], rounds: int
         if name in FULL_BATCH_ONLY and task.batch_size is not None:
             continue
         hypers = settings if isinstance(settings, dict) else settings[0]
-        carries[name], steps[name] = prepare(task, make, hypers, 0)
+        carries[name], steps[name] = prepare(task, make, hypers, 0, curvature=0 if name in OWN_BATCH else 1)
     times = {name: [] for name in steps}
     for _ in range(rounds + 1):  # the first round compiles
         for name, step in steps.items():

@@ -2,7 +2,8 @@
 
 Prints a table and draws the losses, the rate of every group over time and the
 curvature between groups. All three see the same gradient batches; grouped_newton
-takes its curvature from other batches of the training set.
+takes its curvature from other batches of the training set, and is evaluated at
+the average of the parameters that it keeps.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from grouped_newton import plotting
 
 BATCH = 64
 NEWTON = "grouped_newton"
-RECORD_EVERY = 10  # steps, as often as grouped_newton renews its rates
+RECORD_EVERY = 10  # steps
 
 
 class Network(nnx.Module):
@@ -67,10 +68,15 @@ def load_data(seed):
     return (jnp.asarray(x_train), jnp.asarray(y_train)), (jnp.asarray(x_test), jnp.asarray(y_test))
 
 
+def evaluated(name, opt_state, params):
+    """The params to evaluate at: grouped_newton's average, and as they are with SGD and Adam."""
+    return gn.eval_params(opt_state, params) if name == NEWTON else params
+
+
 def train(name, tx, train_set, test_set, steps, seed):
     """Trains a new network; the seed fixes its weights and all batches."""
     graphdef, params = nnx.split(Network(nnx.Rngs(seed)), nnx.Param)
-    tx = optax.with_extra_args_support(tx)  # lets SGD and Adam ignore value_fn
+    tx = optax.with_extra_args_support(tx)  # lets SGD and Adam ignore value and value_fn
 
     def loss_fn(params, batch):
         images, labels = batch
@@ -79,14 +85,15 @@ def train(name, tx, train_set, test_set, steps, seed):
 
     def step(params, opt_state, indices, curvature_indices):
         batch, curvature_batch = ((train_set[0][i], train_set[1][i]) for i in (indices, curvature_indices))
-        grads = jax.grad(loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, value_fn=lambda p: loss_fn(p, curvature_batch))
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        value_fn = lambda p: loss_fn(p, curvature_batch)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, value_fn=value_fn)
         return optax.apply_updates(params, updates), opt_state
 
     batches = np.random.default_rng(seed).integers(len(train_set[0]), size=(steps, 2, BATCH))
     opt_state = tx.init(params)
-    full_loss = jax.jit(lambda params: loss_fn(params, train_set))
-    history = [(0, float(full_loss(params)), opt_state)]
+    full_loss = jax.jit(lambda opt_state, params: loss_fn(evaluated(name, opt_state, params), train_set))
+    history = [(0, float(full_loss(opt_state, params)), opt_state)]
     seconds = 0.0
     with tqdm(total=steps, desc=f"{name:<22}", unit="step") as bar:
         bar.set_postfix_str("compiling")
@@ -100,12 +107,13 @@ def train(name, tx, train_set, test_set, steps, seed):
                 params, opt_state = compiled_step(params, opt_state, indices, curvature_indices)
             jax.block_until_ready(params)
             seconds += time.perf_counter() - start
-            history.append((first + len(chunk), float(full_loss(params)), opt_state))
+            history.append((first + len(chunk), float(full_loss(opt_state, params)), opt_state))
             bar.set_postfix_str(f"train loss {history[-1][1]:.4f}", refresh=False)
             bar.update(len(chunk))
 
     images, labels = test_set
-    accuracy = jnp.mean(nnx.merge(graphdef, params)(images).argmax(axis=1) == labels)
+    logits = nnx.merge(graphdef, evaluated(name, opt_state, params))(images)
+    accuracy = jnp.mean(logits.argmax(axis=1) == labels)
     at, losses, opt_states = zip(*history, strict=True)
     return Run(losses[-1], float(accuracy), seconds, compile_seconds, np.array(at), np.array(losses), list(opt_states))
 
@@ -133,16 +141,18 @@ def draw(runs, group_names, path):
     ax.legend(ncols=3, **legend_above)
 
     ax = panels["rates"]
-    eta = np.stack([optax.tree.get(state, "eta") for state in newton.opt_states[1:]])
-    plotting.plot_rates(ax, newton.steps[1:], eta, group_names)
+    states = [optax.tree.get(state, "GroupedNewtonState") for state in newton.opt_states]
+    eta, scale = np.stack([state.eta for state in states[1:]]), np.stack([state.scale for state in states[1:]])
+    plotting.plot_rates(ax, newton.steps[1:], eta, group_names, scale=scale)
     ax.axhline(1e-3, color="0.5", linewidth=1, zorder=0)
-    ax.annotate("Adam's default", (0.01, 1e-3), (0, -11), ax.get_yaxis_transform(), "offset points", color="0.35")
+    ax.annotate("Adam's default", (0.01, 1e-3), (0, 3), ax.get_yaxis_transform(), "offset points", color="0.35")
+    ax.set_ylim(bottom=min(ax.get_ylim()[0], 3e-4))
     ax.sharex(panels["losses"])
-    ax.set(ylabel=f"rates by {NEWTON}", xlabel="step (triangles: the rate is 0)")
+    ax.set(ylabel=f"rates by {NEWTON}", xlabel="step (triangles: the rate is 0)" if np.any(eta <= 0) else "step")
     ax.legend(ncols=len(group_names), **legend_above)
 
     ax = panels["curvature"]
-    plotting.plot_curvature(ax, optax.tree.get(newton.opt_states[-1], "hbar"), group_names)
+    plotting.plot_curvature(ax, states[-1].hbar, group_names)
     ax.set_title("Curvature between layers at the end", pad=12)
     ax.set_xlabel(r"$\bar{H}_{st}\,/\,\sqrt{|\bar{H}_{ss}\,\bar{H}_{tt}|}$", labelpad=12)
 

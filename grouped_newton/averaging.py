@@ -72,7 +72,7 @@ def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraAr
         def mix(average, x, u):
             if not jnp.issubdtype(average.dtype, jnp.inexact):
                 return average
-            theta = (x + u).astype(x.dtype).astype(average.dtype)
+            theta = (x + u).astype(jnp.result_type(x)).astype(average.dtype)
             return average + w.astype(average.dtype) * (theta - average)
 
         average = jax.tree.map(mix, state.average, params, updates)
@@ -115,8 +115,8 @@ def eval_params(state: Any, params: Any) -> Any:
     shapes = [None if is_masked(a) else jnp.shape(a) for a in average]
     if len(average) != len(leaves) or any(s not in (None, jnp.shape(x)) for s, x in zip(shapes, leaves, strict=True)):
         raise ValueError("the average in the state is of other parameters than these; give those of the training step")
-    averaged = [x if is_masked(a) else jnp.asarray(a).astype(x.dtype) for a, x in zip(average, leaves, strict=True)]
-    return treedef.unflatten(averaged)
+    pairs = zip(average, leaves, strict=True)
+    return treedef.unflatten([x if is_masked(a) else jnp.asarray(a).astype(jnp.result_type(x)) for a, x in pairs])
 
 
 def _dtype(x):

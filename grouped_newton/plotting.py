@@ -1,7 +1,7 @@
 """Pictures of rates and curvatures, drawn on Axes that the caller makes.
 
-  steps (T,)     eta (T, S)   rates, as the state keeps them     names  S group names
-  hbar (S, S)    curvatures between groups
+  steps (T,)     eta (T, S), scale (T,)   rates and the factor on them, as the state keeps them
+  hbar (S, S)    curvatures between groups                       names  S group names
 
 Needs matplotlib (``pip install "grouped_newton[plot]"``); ``grouped_newton``
 itself never imports this module.
@@ -21,12 +21,14 @@ _DASHES = ("-", "--", ":", "-.")
 _SMALL_TABLE = 12
 
 
-def plot_rates(ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, learning_rate: float = 1.0) -> list[Line2D]:
+def plot_rates(
+    ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, scale: Any = 1.0, learning_rate: Any = 1.0
+) -> list[Line2D]:
     """Draws the rate of every group over time, on a logarithmic axis.
 
     What is drawn is the rate that was applied::
 
-      learning_rate * max(eta_s, 0)
+      learning_rate * scale * max(eta_s, 0)
 
     A logarithmic axis has no zero: where a rate is zero its line has a gap, and a
     triangle stands in the group's row at the bottom of the axes.
@@ -36,7 +38,8 @@ def plot_rates(ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, learning
       steps: when the rates were in force, shape (T,), in steps.
       eta: the state's ``eta`` at these steps, shape (T, S).
       names: the group names, of length S, as ``groups.names`` gives them.
-      learning_rate: the factor on all rates, 1 by default.
+      scale: the state's ``scale`` at these steps, shape (T,) or (), 1 by default.
+      learning_rate: the factor on all rates, shape (T,) or (), 1 by default.
 
     Returns:
       The S lines, in the order of the groups.
@@ -59,7 +62,12 @@ def plot_rates(ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, learning
             f"plot_rates takes steps (T,), eta (T, S) and S names, got shapes {steps.shape} and {eta.shape} and"
             f" {len(names)} names; stack the state's eta over time"
         )
-    rates = learning_rate * np.maximum(eta, 0)
+    rates = np.maximum(eta, 0)
+    for name, factor in (("scale", scale), ("learning_rate", learning_rate)):
+        factor = np.asarray(factor, dtype=float)
+        if factor.shape not in ((), steps.shape):
+            raise ValueError(f"{name} must be one number or of shape {steps.shape} as steps, got shape {factor.shape}")
+        rates = rates * (factor[:, None] if factor.ndim else factor)
     lines = []
     row = min(0.04, 0.3 / max(len(names), 1))
     at_bottom = ax.get_xaxis_transform()

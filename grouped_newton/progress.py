@@ -78,6 +78,8 @@ def observe(progress: Progress, value: Any, rule: ScaleRule) -> Progress:
     """Adds the loss of a step to the open window, and shrinks the scale at once if it is a spike."""
     dtype = progress.scale.dtype
     value = jnp.asarray(value).astype(dtype)
+    top = jnp.finfo(dtype).max * 2.0**-40  # sums of many stay finite
+    value = jnp.where(jnp.isfinite(value), jnp.clip(value, -top, top), value)
     known = progress.deviation > 0
     limit = progress.window_mean + SPIKE * progress.deviation
     finite = jnp.isfinite(value)
@@ -116,7 +118,7 @@ def judge_refresh(progress: Progress, loss: Any, rule: ScaleRule) -> Progress:
     average = jnp.where(_any_closed(progress), mean + 0.3 * (loss - mean), loss)
     return progress._replace(
         scale=rule(progress.scale, loss <= mean).astype(mean.dtype),
-        window_mean=jnp.where(jnp.isfinite(loss), average, mean).astype(mean.dtype),
+        window_mean=jnp.where(jnp.isfinite(average), average, mean).astype(mean.dtype),
     )
 
 

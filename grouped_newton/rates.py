@@ -149,7 +149,7 @@ def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> Mode
     return ModelError(quotient, reliable, gross)
 
 
-def adaptive_damping(initial: float = 1.0, floor: float = 0.1) -> AdaptiveDamping:
+def adaptive_damping(initial: float = 1.0, floor: float = 1.0) -> AdaptiveDamping:
     """An internal damping that follows the error of the quadratic model.
 
     At each refresh, on its own batch and with the rates about to be used::
@@ -217,7 +217,7 @@ def growing_period(longest: int = 20) -> Callable[[jax.Array], jax.Array]:
 
 def check_period(name, period):
     # optax.inject_hyperparams traces numbers.
-    if not isinstance(period, jax.core.Tracer) and (period != int(period) or period < 1):
+    if not isinstance(period, jax.core.Tracer) and not (1 <= period < float("inf") and period == int(period)):
         raise ValueError(f"{name} must be an integer of at least 1, got {period!r}")
 
 

@@ -1,5 +1,6 @@
 """The optax transform: state and glue. No formula lives here."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -185,12 +186,13 @@ def scale_by_grouped_newton(
             )
         loss_fn = _with_arguments(value_fn, extra_args)
         value = extra_args.get("value")
+        finite = _finite_direction(partition, updates)
         progress = _progress_of(state)
         if scale_rule and value is not None:
             progress = _progress.observe(progress, value, scale_rule)
 
         def refresh(state):
-            summary = summarize(loss_fn, params, updates, groups, method=method, max_stack=max_stack)
+            summary = summarize(loss_fn, params, updates, _grouping(groups, params), method=method, max_stack=max_stack)
             state = _refreshed(state, summary, damping_at(state), rates, summary_decay)
             progress = _progress_of(state)
             if scale_rule and value is not None:
@@ -199,8 +201,10 @@ def scale_by_grouped_newton(
                 progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
             if adaptive:
                 eta = used(state.eta, progress.scale)
-                after = loss_fn(jax.tree.map(_minus, params, partition.scale(eta, updates)))
+                after = loss_fn(_moved(partition, params, partition.scale(eta, updates)))
                 error = _rates.model_error(summary, eta, after.astype(eta.dtype))
+                # No step is made along a direction that isn't finite, and none is judged.
+                error = error._replace(reliable=error.reliable & finite, gross=error.gross & finite)
                 state = state._replace(
                     damping=adaptive.update(state.damping, error).astype(eta.dtype),
                     model_error=jnp.where(error.reliable, error.quotient, 0),
@@ -214,7 +218,6 @@ def scale_by_grouped_newton(
         due = (state.count >= state.next_refresh) | jnp.all(state.eta == 0)
         state = lax.cond(due, refresh, lambda state: state, state._replace(**progress._asdict()))
         scaled = partition.scale(used(state.eta, state.scale), updates)
-        finite = _all_finite(updates)  # the same for the direction's state: computed once
         scaled = jax.tree.map(lambda x: jnp.where(finite & jnp.isfinite(x), x, jnp.zeros_like(x)), scaled)
         return scaled, state._replace(count=optax.safe_increment(state.count))
 
@@ -303,7 +306,7 @@ def grouped_newton(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
     transforms = [
-        _kept_when_not_finite(direction),
+        _kept_when_not_finite(direction, groups),
         scale_by_grouped_newton(
             groups,
             internal_damping=internal_damping,
@@ -322,13 +325,17 @@ def grouped_newton(
     return optax.chain(*transforms)
 
 
-def _kept_when_not_finite(direction):
+def _kept_when_not_finite(direction, groups):
     """The direction, whose state stays as it was where what it makes of a gradient isn't finite."""
     direction = optax.with_extra_args_support(direction)
 
     def update(updates, state, params=None, **extra_args):
+        partition = _resolve(groups, updates)
+        # A huge gradient overflows in Adam's second moment, and the direction is then zero, which is finite.
+        fine = _squares_are_finite(partition, updates)
         updates, new = direction.update(updates, state, params, **extra_args)
-        finite = _all_finite(updates)
+        # Again in the transform: computed once.
+        finite = fine & _finite_direction(partition, updates)
         return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
@@ -339,8 +346,24 @@ def _in_a_group(groups, params):
     return treedef.unflatten([g >= 0 for g in _resolve(groups, params).index]) if leaves else params
 
 
-def _minus(x, step):
-    return (x - step).astype(jnp.result_type(x))
+def _finite_direction(partition, updates):
+    """Whether every number is finite in the leaves that have a group; a wrong number of leaves is told by summarize."""
+    return _all_finite([u for u, g in zip(jax.tree.leaves(updates), partition.index, strict=False) if g >= 0])
+
+
+def _squares_are_finite(partition, gradient):
+    """Whether the gradient's squares are finite, as an adaptive direction keeps them; dot products are fast."""
+    leaves = zip(jax.tree.leaves(gradient), partition.index, strict=False)
+    squares = [jnp.vdot(g, g, preferred_element_type=jnp.float32) for g, group in leaves if group >= 0]
+    return jnp.isfinite(sum(squares, jnp.zeros(())))
+
+
+def _moved(partition, params, steps):
+    """``params - steps``; leaves without a group may be of a kind that can't be subtracted."""
+    theta, treedef = jax.tree.flatten(params)
+    minus = lambda x, step: (x - step).astype(jnp.result_type(x))
+    pairs = zip(theta, jax.tree.leaves(steps), partition.index, strict=True)
+    return treedef.unflatten([x if g < 0 else minus(x, step) for x, step, g in pairs])
 
 
 def _refreshed(state, summary, damping, rates, summary_decay):
@@ -390,15 +413,38 @@ def _resolve(groups, params):
             " value_fn can't be called. Put it outside and label the parameters that it must leave alone"
             " grouped_newton.groups.FROZEN"
         )
+    with _flat_params_explained(params):
+        return _groups.resolve(_grouping(groups, params), params)
+
+
+def _grouping(groups, params):
     # optax.tree.map_params inits with a placeholder without leaves, which fits no label tree.
-    return _groups.resolve(groups if jax.tree.leaves(params) else _groups.single, params)
+    return groups if jax.tree.leaves(params) else _groups.single
+
+
+@contextlib.contextmanager
+def _flat_params_explained(params):
+    try:
+        yield
+    except Exception as error:
+        if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)) and jnp.ndim(params) == 1:
+            error.add_note(
+                "The params are one vector, as they are inside optax.flatten, where neither labels nor value_fn fit."
+                " Flatten the direction alone: grouped_newton(direction=optax.flatten(optax.scale_by_adam()))"
+            )
+        raise
 
 
 def _with_arguments(value_fn, extra_args):
     """``value_fn`` with the extra arguments that its signature names after the params."""
     names = list(inspect.signature(value_fn).parameters)[1:]
     known = {name: value for name, value in extra_args.items() if name in names}
-    return lambda params: value_fn(params, **known)
+
+    def loss_fn(params):
+        with _flat_params_explained(params):
+            return value_fn(params, **known)
+
+    return loss_fn
 
 
 def _check_update_arguments(params, value_fn):
@@ -426,7 +472,7 @@ def _check_arguments(internal_damping, refresh_every, rates, summary_decay, scal
         raise TypeError(
             f"scale_rule must be None or a function (scale, fell) -> scale, such as success_rule(), got {scale_rule!r}"
         )
-    if known(summary_decay) and not 0 <= summary_decay < 1:
+    if known(summary_decay) and (callable(summary_decay) or not 0 <= summary_decay < 1):
         raise ValueError(f"summary_decay must be in [0, 1), got {summary_decay!r}")
     if not callable(rates):
         raise TypeError(

@@ -1,0 +1,112 @@
+"""What each default of grouped_newton is worth: one change at a time, on tasks for choosing, against the best Adam.
+
+    python benchmarks/ablations.py --help
+
+Prints, for every variant, the training loss over the best Adam's at equal steps (geometric mean over seeds; then over
+tasks, and the worst task). Adam's runs are read from the file of training.py.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+import training
+from tasks import CHOOSING
+
+import grouped_newton as gn
+
+RESULTS = Path(__file__).parent / "results" / "ablations.jsonl"
+# The two others of CHOOSING take most of the time and hardly tell one variant from another.
+TASKS = [task for task in CHOOSING if task not in ("wrong labels", "transformer, 2 blocks")]
+
+
+def edge_of(change, factor=1.8):
+    """The edge rule on a changed summary."""
+    return lambda summary, lam: gn.edge_rates(factor)(change(summary), lam)
+
+
+def without_coupling(s):
+    return s._replace(hbar=jnp.diag(jnp.diag(s.hbar)))
+
+
+def third_from_second(s):
+    return s._replace(third=jnp.maximum(jnp.diag(s.hbar), 0) ** 1.5)
+
+
+def no_value(**options):
+    tx = gn.grouped_newton(**options)
+    return optax.GradientTransformationExtraArgs(tx.init, lambda *a, value=None, **kw: tx.update(*a, **kw))
+
+
+class Variant:
+    """gn.grouped_newton with some options; ``curvature`` as in training.run."""
+
+    def __init__(self, make=gn.grouped_newton, curvature=1, **options):
+        self.make, self.curvature = functools.partial(make, **options), curvature
+
+
+VARIANTS = {
+    "the defaults": Variant(),
+    "edge factor 1.0": Variant(rates=gn.edge_rates(1.0)),
+    "edge factor 1.5": Variant(rates=gn.edge_rates(1.5)),
+    "edge factor 1.95": Variant(rates=gn.edge_rates(1.95)),
+    "the paper's rule, `cubic_rates()`": Variant(rates=gn.cubic_rates()),
+    "no coupling between groups": Variant(rates=edge_of(without_coupling)),
+    "the latest summary alone": Variant(summary_decay=0.0),
+    "`summary_decay` 0.7": Variant(summary_decay=0.7),
+    "`summary_decay` 0.95": Variant(summary_decay=0.95),
+    "a refresh every 20 from the start": Variant(refresh_every=20),
+    "`growing_period(10)`": Variant(refresh_every=gn.growing_period(10)),
+    "`growing_period(40)`": Variant(refresh_every=gn.growing_period(40)),
+    "curvature on the gradient's batch": Variant(curvature=0),
+    "curvature on four batches": Variant(curvature=4),
+    "a group a tensor": Variant(groups=gn.groups.per_tensor),
+    "one group": Variant(groups=gn.groups.single),
+    "at most 2 groups": Variant(groups=functools.partial(gn.groups.per_module, max_groups=2)),
+    "damping fixed at 1": Variant(internal_damping=1.0),
+    "damping fixed at 10": Variant(internal_damping=10.0),
+    "damping with floor 0.1": Variant(internal_damping=gn.adaptive_damping(floor=0.1)),
+    "no third order": Variant(internal_damping=0.0),
+    "third order replaced by hbar^1.5": Variant(rates=edge_of(third_from_second)),
+    "no scale rule": Variant(scale_rule=None),
+    "no `value` passed": Variant(no_value),
+    "no averaging": Variant(averaging=None),
+    "Adam's direction with b2 = 0.99": Variant(direction=optax.scale_by_adam(b2=0.99)),
+    "Nesterov Adam's direction": Variant(direction=optax.scale_by_adam(nesterov=True)),
+    "Lion's direction": Variant(direction=optax.scale_by_lion()),
+    "SGD's direction, momentum 0.9": Variant(direction=optax.trace(0.9)),
+    "the plain gradient": Variant(direction=optax.identity()),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=CHOOSING, metavar="TASK")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
+    parser.add_argument("--adam", type=Path, default=training.RESULTS, metavar="PATH", help="Adam's runs")
+    arguments = parser.parse_args()
+    training.sweep(arguments.tasks, {"adam": training.OPTIMIZERS["adam"]}, arguments.seeds, arguments.adam)
+    for task in arguments.tasks:
+        for name in arguments.variants:
+            variant = VARIANTS[name]
+            table = {name: (variant.make, {})}
+            training.sweep([task], table, arguments.seeds, arguments.results, curvature=variant.curvature)
+    print(rows(training.Results([arguments.adam, arguments.results]), arguments.tasks, arguments.variants))
+
+
+def rows(results, tasks, variants) -> str:
+    """The table in Markdown."""
+    lines = ["| variant | " + " | ".join(tasks) + " | geometric mean | worst |", "|" + " --- |" * (len(tasks) + 3)]
+    for name in variants:
+        ratios = [results.ratio(task, name) for task in tasks]
+        cells = [f"{x:.2g}" for x in (*ratios, training.geometric_mean(ratios), max(ratios))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
