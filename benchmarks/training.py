@@ -472,7 +472,7 @@ def draw(results: Results, path: Path | str) -> None:
                 label=column,
                 color="black" if ours else f"C{i % 10}",
                 linewidth=2.5 if ours else 1.2,
-                linestyle="-" if i < 10 else "--",
+                linestyle="-" if ours or i < 10 else "--",
             )
         axis.set(xscale="log", xlim=(1, 100), ylim=(0, 1.02), xlabel="factor over the best training loss")
         axis.set(ylabel="share of tasks", title="equal wall-clock" if clock else "equal steps")
