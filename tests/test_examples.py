@@ -4,8 +4,12 @@ import pathlib
 import runpy
 import sys
 
+import jax.numpy as jnp
 import matplotlib.image
+import optax
 import pytest
+
+import grouped_newton as gn
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -29,6 +33,14 @@ def test_a_short_run_prints_a_table_and_writes_a_picture(run_example, tmp_path, 
     image = matplotlib.image.imread(picture)
     assert image.shape[0] > 400
     assert image.shape[1] > 800
+
+
+def test_digits_are_evaluated_at_the_average_of_grouped_newton_alone():
+    (path,) = (path for path in EXAMPLES if path.stem == "digits")
+    evaluated = runpy.run_path(str(path))["evaluated"]
+    tx, start, params = optax.chain(optax.sgd(0.1), gn.average_params()), jnp.array([1.0]), jnp.array([2.0])
+    assert evaluated("grouped_newton", tx.init(start), params).tolist() == [1.0]
+    assert evaluated("Adam 0.001", optax.adam(1e-3).init(start), params).tolist() == [2.0]
 
 
 def test_help_names_every_option(run_example, capsys):
