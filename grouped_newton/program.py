@@ -194,8 +194,7 @@ def _open_calls(closed, active=None):
         return [read(env, v) for v in jaxpr.outvars], [_variable(v) in reached for v in jaxpr.outvars]
 
     active = [False] * len(closed.in_avals) if active is None else active
-    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals]
-    return jax.make_jaxpr(lambda *args: opened(closed.jaxpr, closed.consts, args, active)[0])(*avals)
+    return jax.make_jaxpr(lambda *args: opened(closed.jaxpr, closed.consts, args, active)[0])(*closed.in_avals)
 
 
 def _with_open_branches(eqn):
@@ -302,12 +301,10 @@ def _dependence(fn, active, inactive, num_outs):
 
     Dependence through integers and booleans has no derivative and doesn't count: relu and max-pooling are linear.
     """
-    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in active]
-    others = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inactive]
+    primals, others = [v.aval for v in active], [v.aval for v in inactive]
     result = []
     for i, v in enumerate(active):
-        dx = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-        jaxpr = _open_calls(jax.make_jaxpr(_tangents(fn, i))(primals, dx, others)).jaxpr
+        jaxpr = _open_calls(jax.make_jaxpr(_tangents(fn, i))(primals, v.aval, others)).jaxpr
         sources = dict(zip(jaxpr.invars, range(len(active) + 1), strict=False))
         depends: dict[Any, frozenset] = {}
         for v_in, source in sources.items():

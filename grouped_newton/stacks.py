@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grouped_newton import placement
+
 
 class Stack(NamedTuple):
     """Tangents of one value: ``array[i]`` belongs to the group of rank ``ranks[i]``; ranks ascend."""
@@ -18,10 +20,11 @@ def map_rows(fn, array):
     return jax.tree.map(lambda z: z[None], fn(array[0])) if len(array) == 1 else jax.vmap(fn)(array)
 
 
-def push_rows(fn, stack, num_outs):
+def push_rows(fn, stack, outs):
     if stack is None:
-        return [None] * num_outs
-    return [Stack(stack.ranks, z) for z in map_rows(fn, stack.array)]
+        return [None] * len(outs)
+    rows = map_rows(fn, stack.array)
+    return [Stack(stack.ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, outs, strict=True)]
 
 
 def add(x, y):
@@ -52,11 +55,11 @@ def spread(stack, ranks):
         pad = [(start, len(ranks) - start - len(stack.ranks), 0)] + [(0, 0, 0)] * (stack.array.ndim - 1)
         return lax.pad(stack.array, jnp.zeros((), stack.array.dtype), pad)
     where = jnp.array([ranks.index(s) for s in stack.ranks])
-    return jnp.zeros((len(ranks), *stack.array.shape[1:]), stack.array.dtype).at[where].set(stack.array)
+    return placement.zeros(jax.typeof(stack.array[0]), rows=len(ranks)).at[where].set(stack.array)
 
 
 def spread_or_zero(stack, ranks, v):
-    return jnp.zeros((len(ranks), *v.aval.shape), v.aval.dtype) if stack is None else spread(stack, ranks)
+    return placement.zeros(v.aval, rows=len(ranks)) if stack is None else spread(stack, ranks)
 
 
 def select(stack, ranks):
@@ -72,8 +75,14 @@ def select(stack, ranks):
 def gram(x, y):
     """<x_s, y_t> for all s and t, accumulated in at least float32."""
     dtype = wide(jnp.promote_types(x.dtype, y.dtype))
-    x, y = x.astype(dtype).reshape(len(x), -1), y.astype(dtype).reshape(len(y), -1)
-    return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST).real
+    x, y = x.astype(dtype), y.astype(dtype)
+    if placement.on_a_mesh(x, y):  # flat, an array that is divided along its inner axes would be gathered
+        y, whole = placement.laid_out(y, jax.typeof(x)), placement.whole(x)
+    else:
+        x, y, whole = x.reshape(len(x), -1), y.reshape(len(y), -1), None
+    axes = tuple(range(1, x.ndim))
+    contracted = ((axes, axes), ((), ()))
+    return lax.dot_general(x, y, contracted, precision=lax.Precision.HIGHEST, out_sharding=whole).real
 
 
 def inner(x, y):

@@ -12,14 +12,17 @@ the forward pass, nothing upstream of group s is differentiated. third_s is thre
 jvps, nested, along u_s alone. Nothing of S x P numbers is ever formed.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from grouped_newton import groups as _groups
+from grouped_newton import placement
 from grouped_newton.sweep import sweep
 
 METHODS = ("sweep", "nested")
@@ -51,6 +54,7 @@ def summarize(
     method: str = "sweep",
     order: int = 3,
     max_stack: int | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> Summary:
     """Exact first, second and diagonal third derivatives along a direction, by group.
 
@@ -75,6 +79,12 @@ def summarize(
       order: 3, or 2 to leave ``third`` at zero, for half to nine tenths of the time.
       max_stack: the most tangents that the sweep carries at once, at least 2, to
         bound its memory; more time, the same numbers. None carries all S.
+      axis_name: under ``shard_map`` or ``pmap``, the axis or axes over whose
+        devices the loss is to be averaged: ``value_fn`` is the mean over the
+        device's own part of the batch, and all devices get the summary of the
+        mean of these losses, by one ``lax.pmean`` of (S + 1)^2 numbers. A
+        ``value_fn`` that takes that mean itself gives the same. Under ``jit``
+        with sharded arrays there is no axis to name.
 
     Returns:
       A :class:`Summary` in the widest dtype of the params, at least float32.
@@ -98,15 +108,36 @@ def summarize(
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
     check_options(method, order, max_stack)
+    names, axes = placement.names_of(axis_name), placement.tracked_axes()
     partition = _groups.resolve(groups, params)
     dtype = summary_dtype(params, partition)
     theta, treedef = jax.tree.flatten(params)
-    theta = [x if g < 0 else jnp.asarray(x) for x, g in zip(theta, partition.index, strict=True)]
-    u = matching_leaves(direction, params, partition)
+    # Every device differentiates along its own copy: along a common one, adjoints would be added up over the devices.
+    theta = [x if g < 0 else placement.vary(jnp.asarray(x), axes) for x, g in zip(theta, partition.index, strict=True)]
+    u = [
+        d if g < 0 else placement.vary(placement.laid_out(d, jax.typeof(x)), axes)
+        for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
+    ]
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
     if method == "nested":
-        return _nested(loss_of_leaves, theta, u, partition, dtype, order)
-    return Summary(*sweep(loss_of_leaves, theta, u, partition.index, partition.num_groups, dtype, order, max_stack))
+        local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
+    else:
+        num_groups = partition.num_groups
+        local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
+    return _over_devices(local, names, axes)
+
+
+def _over_devices(local, names, axes):
+    """The summary of the mean of the losses on all devices along the axes ``names``, by one all-reduce."""
+    # A loss that doesn't vary over an axis is one function of what is on all its devices, and theirs are its parts.
+    shared = [a for a in axes if a not in placement.varying_axes(jax.typeof(local.loss))]
+    over = tuple(dict.fromkeys((*names, *shared)))
+    if not over:
+        return local
+    leaves = [placement.in_parts(x, axes) for x in local]
+    mean = lax.pmean(jnp.concatenate([x.ravel() for x in leaves]), over) * math.prod(map(lax.axis_size, shared))
+    bounds = np.cumsum([x.size for x in leaves])[:-1]
+    return Summary(*(part.reshape(x.shape) for part, x in zip(jnp.split(mean, bounds), leaves, strict=True)))
 
 
 def _nested(loss, theta, u, partition, dtype, order):

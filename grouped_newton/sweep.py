@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from grouped_newton import placement
 from grouped_newton.program import CUSTOM_VJP, Program, build, evaluate, holds, is_half, read
 from grouped_newton.stacks import (
     Stack,
@@ -93,12 +94,14 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
     # A tangent through half precision has its rounding; the adjoints of the parameters let it average out.
     half = any(is_half(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars)
     wanted = frozenset(program.jaxpr.invars if half else ())
-    lam = adjoint(program, env, [(out, jnp.ones((), value.dtype))], wanted) if program.active_outs[0] else {}
+    axes = placement.tracked_axes()
+    seed = placement.vary(jnp.ones((), value.dtype), placement.varying_axes(jax.typeof(value)))
+    lam = adjoint(program, env, [(out, seed)], wanted) if program.active_outs[0] else {}
 
     def one_pass(ranks, order, u):
         leaves = zip(program.jaxpr.invars, u, index, strict=True)
         first = {v: Stack((rank[g],), x[None]) for v, x, g in leaves if rank[g] in ranks}
-        sums = Sums(num_groups, dtype)
+        sums = Sums(num_groups, dtype, axes)
         first, _ = tangent(program, env, lam, first, {}, sums, order)
         for v, x, g in zip(program.jaxpr.invars, u, index, strict=True):
             if half and v in lam:
@@ -107,7 +110,7 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
             sums.add_gbar(first[out])
         return sums.totals()
 
-    found = Sums(num_groups, dtype).totals()
+    found = Sums(num_groups, dtype, axes).totals()
     covered: set[int] = set()
     for ranks in _passes(num_groups, max_stack):
         # The barrier keeps the tangents of two passes from living at the same time.
@@ -176,7 +179,7 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
     lam: dict = {}
 
     def accumulate(v, value):
-        value = value.astype(wide(value.dtype))
+        value = placement.laid_out(value.astype(wide(value.dtype)), v.aval)
         lam[v] = lam[v] + value if v in lam else value
 
     for v, value in cotangents:
@@ -184,7 +187,7 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
     made = {v for node in program.nodes for v in node.outs} | wanted
     for node in reversed(program.nodes):
         for v in node.outs:
-            lam.setdefault(v, jnp.zeros(v.aval.shape, wide(v.aval.dtype)))
+            lam.setdefault(v, placement.zeros(v.aval, wide(v.aval.dtype)))
         targets = [i for i, v in enumerate(node.active) if v in made]
         if node.kind == "scan":
             pulled = _scan_adjoint(node, env, lam, targets)
@@ -221,20 +224,23 @@ def tangent(program, env, lam, first, second, sums, order):
 
 
 class Sums:
-    """Accumulates local terms of gbar, hbar and third, in order of rank."""
+    """Accumulates local terms of gbar, hbar and third, in order of rank; over ``axes`` they are to be added up."""
 
-    def __init__(self, num_groups, dtype):
-        self.num_groups, self.dtype = num_groups, dtype
+    def __init__(self, num_groups, dtype, axes=()):
+        self.num_groups, self.dtype, self.axes = num_groups, dtype, axes
         self.gbar, self.hbar, self.third = [], [], []
 
     def add_gbar(self, stack):
-        self.gbar.append(placed(stack, self.num_groups, self.dtype))
+        self.gbar.append(self._part(placed(stack, self.num_groups, self.dtype)))
 
     def add_hbar(self, rows, columns, block):
-        self.hbar.append(placed_block(rows, columns, block.astype(self.dtype), self.num_groups))
+        self.hbar.append(self._part(placed_block(rows, columns, block.astype(self.dtype), self.num_groups)))
 
     def add_third(self, ranks, values):
-        self.third.append(placed(Stack(ranks, values), self.num_groups, self.dtype))
+        self.third.append(self._part(placed(Stack(ranks, values), self.num_groups, self.dtype)))
+
+    def _part(self, term):
+        return placement.in_parts(term, self.axes)
 
     def settled(self, x1, x2):
         """The stacks of tangents that a node is about to read, not to be read before all terms so far are added up.
@@ -250,8 +256,8 @@ class Sums:
         return stacks[: len(x1)], stacks[len(x1) :]
 
     def totals(self):
-        zero = jnp.zeros((self.num_groups,), self.dtype)
-        square = jnp.zeros((self.num_groups, self.num_groups), self.dtype)
+        zero = placement.vary(jnp.zeros((self.num_groups,), self.dtype), self.axes)
+        square = placement.vary(jnp.zeros((self.num_groups, self.num_groups), self.dtype), self.axes)
         return sum(self.gbar, zero), sum(self.hbar, square), sum(self.third, zero)
 
 
@@ -262,8 +268,8 @@ def _linear(node, env, lam, x1, x2, sums, order):
     outs1 = outs2 = [None] * len(node.outs)
     for i in range(len(node.active)):
         push = _push(node, env, i)
-        outs1 = [add(z, dz) for z, dz in zip(outs1, push_rows(push, x1[i], len(node.outs)), strict=True)]
-        outs2 = [add(z, dz) for z, dz in zip(outs2, push_rows(push, x2[i], len(node.outs)), strict=True)]
+        outs1 = [add(z, dz) for z, dz in zip(outs1, push_rows(push, x1[i], node.outs), strict=True)]
+        outs2 = [add(z, dz) for z, dz in zip(outs2, push_rows(push, x2[i], node.outs), strict=True)]
     return outs1, outs2
 
 
@@ -345,7 +351,7 @@ def _general(node, env, lam, x1, x2, sums, order):
         return [Stack(ranks, z) for z in z1], [None] * len(node.outs)
     X2 = tuple(spread_or_zero(x, ranks, v) for x, v in zip(x2, node.active, strict=True))
     d2 = lambda x, dx, ddx: jax.jvp(d1, (x, dx), (dx, ddx))
-    zero = jax.tree.map(jnp.zeros_like, at)
+    zero = tuple(placement.zeros(v.aval) for v in node.active)
 
     def derivatives(dx, ddx):
         (z1, z2), (_, z3) = jax.jvp(d2, (at, dx, ddx), (dx, ddx, zero))
@@ -382,7 +388,7 @@ def _unary_derivatives(node, env, order):
     fn = _restricted(node, env, [0])
     derivative = lambda x: fn([x])[0]
     x = env[node.active[0]]
-    ones = jnp.ones_like(x)
+    ones = placement.laid_out(jnp.ones_like(x), jax.typeof(x))
     for k in range(order):
         derivative = lambda x, f=derivative: jax.jvp(f, (x,), (ones,))[1]
         if k >= len(found):
@@ -428,7 +434,7 @@ def _scan_adjoint(node, env, lam, targets):
     invars = scan.body.jaxpr.invars
     wanted = frozenset(invars[i] for i in {*positions, *carried})
     out_lam = dict(zip(scan.results, (lam[v] for v in node.outs), strict=True))
-    zero = lambda i: jnp.zeros(invars[i].aval.shape, wide(invars[i].aval.dtype))
+    zero = lambda i: placement.zeros(invars[i].aval, wide(invars[i].aval.dtype))
     lam_carry = {i: out_lam.get(i - scan.num_consts, zero(i)) for i in carried}
     lam_consts = {i: zero(i) for i in positions if i < scan.num_consts}
     lam_ys = {o: value for o, value in out_lam.items() if o >= scan.num_carry}
@@ -486,7 +492,7 @@ def _scan_tangent(node, env, lam, x1, x2, sums, order):
         carry1, carry2, hbar, third = state
         step_values, adjoints, slice1, slice2 = slices
         inner_env, inner_lam = _scan_values_and_adjoints(scan, consts, step_values, adjoints)
-        inner = Sums(sums.num_groups, sums.dtype)
+        inner = Sums(sums.num_groups, sums.dtype, sums.axes)
         first, second = inputs(x1, carry1, slice1), inputs(x2, carry2, slice2)
         first, second = tangent(body, inner_env, inner_lam, first, second, inner, order)
         out_of = lambda stacks: {i: end(stacks, i - scan.num_consts, ranks[invars[i]]) for i in carried}
@@ -495,7 +501,7 @@ def _scan_tangent(node, env, lam, x1, x2, sums, order):
         state = out_of(first), out_of(second) if order > 2 else {}, hbar + local_hbar, third + local_third
         return state, (ys(first), ys(second) if order > 2 else {})
 
-    _, *zero = Sums(sums.num_groups, sums.dtype).totals()
+    _, *zero = Sums(sums.num_groups, sums.dtype, sums.axes).totals()
     (carry1, carry2, hbar, third), (ys1, ys2) = lax.scan(
         step,
         (start(x1), start(x2) if order > 2 else {}, *zero),

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from grouped_newton import groups as _groups
+from grouped_newton import placement
 from grouped_newton import progress as _progress
 from grouped_newton import rates as _rates
 from grouped_newton.averaging import average_params
@@ -74,6 +75,7 @@ def scale_by_grouped_newton(
     nonnegative: bool = True,
     method: str = "sweep",
     max_stack: int | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each group of the incoming direction by its own Newton rate.
 
@@ -115,6 +117,9 @@ def scale_by_grouped_newton(
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
       max_stack: bounds the memory of a refresh, see :func:`summarize`.
+      axis_name: the axis or axes of ``shard_map`` or ``pmap`` over whose devices
+        losses and summary are averaged, see :func:`summarize`. The gradient must
+        be averaged already.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -186,13 +191,22 @@ def scale_by_grouped_newton(
             )
         loss_fn = _with_arguments(value_fn, extra_args)
         value = extra_args.get("value")
-        finite = _finite_direction(partition, updates)
+        value = None if value is None else placement.mean(value, axis_name)
+        finite = _finite_direction(partition, updates, axis_name)
         progress = _progress_of(state)
         if scale_rule and value is not None:
             progress = _progress.observe(progress, value, scale_rule)
 
         def refresh(state):
-            summary = summarize(loss_fn, params, updates, _grouping(groups, params), method=method, max_stack=max_stack)
+            summary = summarize(
+                loss_fn,
+                params,
+                updates,
+                _grouping(groups, params),
+                method=method,
+                max_stack=max_stack,
+                axis_name=axis_name,
+            )
             state = _refreshed(state, summary, damping_at(state), rates, summary_decay)
             progress = _progress_of(state)
             if scale_rule and value is not None:
@@ -201,7 +215,7 @@ def scale_by_grouped_newton(
                 progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
             if adaptive:
                 eta = used(state.eta, progress.scale)
-                after = loss_fn(_moved(partition, params, partition.scale(eta, updates)))
+                after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
                 error = _rates.model_error(summary, eta, after.astype(eta.dtype))
                 # No step is made along a direction that isn't finite, and none is judged.
                 error = error._replace(reliable=error.reliable & finite, gross=error.gross & finite)
@@ -238,6 +252,7 @@ def grouped_newton(
     nonnegative: bool = True,
     method: str = "sweep",
     max_stack: int | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that computes its learning rates, one per group of parameters.
 
@@ -272,6 +287,9 @@ def grouped_newton(
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
       max_stack: bounds the memory of a refresh, see :func:`summarize`.
+      axis_name: the axis or axes of ``shard_map`` or ``pmap`` over whose devices
+        losses and summary are averaged, see :func:`summarize`. The gradient must
+        be averaged already.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` needs ``params``
@@ -306,7 +324,7 @@ def grouped_newton(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
     transforms = [
-        _kept_when_not_finite(direction, groups),
+        _kept_when_not_finite(direction, groups, axis_name),
         scale_by_grouped_newton(
             groups,
             internal_damping=internal_damping,
@@ -317,6 +335,7 @@ def grouped_newton(
             nonnegative=nonnegative,
             method=method,
             max_stack=max_stack,
+            axis_name=axis_name,
         ),
         optax.scale_by_learning_rate(learning_rate),
     ]
@@ -325,17 +344,17 @@ def grouped_newton(
     return optax.chain(*transforms)
 
 
-def _kept_when_not_finite(direction, groups):
+def _kept_when_not_finite(direction, groups, axis_name):
     """The direction, whose state stays as it was where what it makes of a gradient isn't finite."""
     direction = optax.with_extra_args_support(direction)
 
     def update(updates, state, params=None, **extra_args):
         partition = _resolve(groups, updates)
         # A huge gradient overflows in Adam's second moment, and the direction is then zero, which is finite.
-        fine = _squares_are_finite(partition, updates)
+        fine = _squares_are_finite(partition, updates, axis_name)
         updates, new = direction.update(updates, state, params, **extra_args)
         # Again in the transform: computed once.
-        finite = fine & _finite_direction(partition, updates)
+        finite = fine & _finite_direction(partition, updates, axis_name)
         return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
@@ -346,16 +365,24 @@ def _in_a_group(groups, params):
     return treedef.unflatten([g >= 0 for g in _resolve(groups, params).index]) if leaves else params
 
 
-def _finite_direction(partition, updates):
+def _finite_direction(partition, updates, axis_name):
     """Whether every number is finite in the leaves that have a group; a wrong number of leaves is told by summarize."""
-    return _all_finite([u for u, g in zip(jax.tree.leaves(updates), partition.index, strict=False) if g >= 0])
+    own = [u for u, g in zip(jax.tree.leaves(updates), partition.index, strict=False) if g >= 0]
+    return placement.everywhere(_all_finite(own), axis_name)
 
 
-def _squares_are_finite(partition, gradient):
+def _squares_are_finite(partition, gradient, axis_name):
     """Whether the gradient's squares are finite, as an adaptive direction keeps them; dot products are fast."""
     leaves = zip(jax.tree.leaves(gradient), partition.index, strict=False)
-    squares = [jnp.vdot(g, g, preferred_element_type=jnp.float32) for g, group in leaves if group >= 0]
-    return jnp.isfinite(sum(squares, jnp.zeros(())))
+    squares = [_sum_of_squares(jnp.asarray(g)) for g, group in leaves if group >= 0]
+    return placement.everywhere(jnp.isfinite(sum(squares, jnp.zeros(()))), axis_name)
+
+
+def _sum_of_squares(x):
+    axes = tuple(range(x.ndim))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    contracted = ((axes, axes), ((), ()))
+    return lax.dot_general(x, x, contracted, preferred_element_type=dtype, out_sharding=placement.whole(x))
 
 
 def _moved(partition, params, steps):

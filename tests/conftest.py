@@ -6,6 +6,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 
+# Tests of many devices need some. The other tests stay on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # A silent broadcast is how a bias becomes a matrix: raise, in the tests only.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

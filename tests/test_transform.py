@@ -656,6 +656,17 @@ def test_a_frozen_leaf_whose_gradient_is_not_finite_changes_nothing():
     assert np.any(both[2][1, -1] != 0)
 
 
+def test_frozen_leaves_of_kinds_without_arithmetic_are_left_alone():
+    """Where the damping evaluates the loss at moved params."""
+    params = {"mask": jnp.array([True, False]), "key": jax.random.key(0), "w": jnp.array([1.0, -2.0])}
+    groups = {"mask": FROZEN, "key": FROZEN, "w": 0}
+    loss = lambda p: jnp.sum(jnp.where(p["mask"], p["w"], 2 * p["w"]) ** 2) + 0 * jax.random.uniform(p["key"])
+    tx = gn.scale_by_grouped_newton(groups, internal_damping=gn.adaptive_damping(floor=0.1), refresh_every=1)
+    direction = {"mask": jnp.zeros(2, bool), "key": np.zeros((), jax.dtypes.float0), "w": params["w"]}
+    damping = jax.jit(lambda w: tx.update({**direction, "w": w}, tx.init(params), params, value_fn=loss)[1].damping)
+    assert damping(params["w"]) == 0.5
+
+
 def log_cosh(params):
     """Flat far out, where the cubic model knows of no end: Newton's steps grow exponentially there."""
     z = jnp.array([1.0, 2.0, 4.0, 8.0]) * params["x"]

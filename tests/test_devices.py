@@ -1,0 +1,455 @@
+"""Many devices: sharded arrays under jit, shard_map and pmap with axis_name, what is sent, several processes."""
+
+import functools
+import itertools
+import math
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import grouped_newton as gn
+
+EPS64 = 2.0**-52
+# In jax 0.8.1 a psum under check_vma can't be batched, with or without this library.
+BATCHES_TRACKED_PSUM = jax.__version_info__ >= (0, 9)
+
+
+@pytest.fixture(autouse=True)
+def enough_devices():
+    if len(jax.devices("cpu")) < 8:
+        pytest.skip("needs 8 CPU devices, see conftest.py")
+
+
+def mesh_of(shape, names, axis_type=AxisType.Auto):
+    devices = np.array(jax.devices("cpu")[: math.prod(shape)]).reshape(shape)
+    return jax.sharding.Mesh(devices, names, axis_types=(axis_type,) * len(names))
+
+
+def assert_close(actual, expected, rtol):
+    """Equal within ``rtol`` of each array's largest entry."""
+
+    def check(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.max(np.abs(b), initial=0.0), 1e-30))
+
+    jax.tree.map(check, actual, expected)
+
+
+# --- jit with sharded arrays ---------------------------------------------------------------------
+
+# Two scanned blocks, with attention or without: b batch, t time, d width, h heads, k of a head, f of the hidden layer.
+SHAPES = {
+    "embedding": (24, 16),
+    "blocks": {
+        "gain1": (2, 16),
+        "gain2": (2, 16),
+        "wq": (2, 16, 8, 2),
+        "wk": (2, 16, 8, 2),
+        "wv": (2, 16, 8, 2),
+        "wo": (2, 8, 2, 16),
+        "w1": (2, 16, 32),
+        "w2": (2, 32, 16),
+    },
+    "out": (16, 24),
+}
+DATA, MODEL = "data", "model"
+
+
+def specs(data, model):
+    """Shardings of the params: ``data`` divides the width, ``model`` the heads and the hidden layer."""
+    column, row = P(None, data, model), P(None, model, data)
+    heads, from_heads = P(None, data, model, None), P(None, model, None, data)
+    blocks = {"gain1": P(), "gain2": P(), "wq": heads, "wk": heads, "wv": heads, "wo": from_heads}
+    return {"embedding": P(None, data), "blocks": {**blocks, "w1": column, "w2": row}, "out": P(data, None)}
+
+
+LAYOUTS = {
+    "data parallel": ((8,), (DATA,), specs(None, None)),
+    "fully sharded": ((8,), (DATA,), specs(DATA, None)),
+    "tensor parallel": ((8,), (MODEL,), specs(None, MODEL)),
+    "two axes": ((4, 2), (DATA, MODEL), specs(DATA, MODEL)),
+}
+
+
+def network_loss(params, tokens, labels, explicit_axes=()):
+    """Mean NLL; with explicit axes it says where params are gathered and what a product over a divided axis becomes."""
+    data, model = (name if name in explicit_axes else None for name in (DATA, MODEL))
+    batch = P(data, None, None)
+    whole = {"out_sharding": batch} if explicit_axes else {}
+    gathered = specs(None, model)
+    at_use = lambda w, spec: jax.sharding.reshard(w, spec) if explicit_axes else w
+    without_blocks = lambda spec: P(*spec[1:])
+
+    def norm(x, gain):
+        return x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * gain[None, None]
+
+    def block(x, w):
+        w = {name: at_use(v, without_blocks(gathered["blocks"][name])) for name, v in w.items()}
+        if "wq" in w:
+            h = norm(x, w["gain1"])
+            q, k, v = (jnp.einsum("btd,dhk->bthk", h, w[name]) for name in ("wq", "wk", "wv"))
+            weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+            x = x + jnp.einsum("bthk,hkd->btd", jnp.einsum("bhts,bshk->bthk", weights, v), w["wo"], **whole)
+        h = jax.nn.gelu(jnp.einsum("btd,df->btf", norm(x, w["gain2"]), w["w1"]))
+        return x + jnp.einsum("btf,fd->btd", h, w["w2"], **whole), None
+
+    one_hot = jax.nn.one_hot(tokens, SHAPES["embedding"][0], dtype=params["out"].dtype)
+    x = jnp.einsum("btv,vd->btd", one_hot, at_use(params["embedding"], gathered["embedding"]), **whole)
+    x, _ = lax.scan(block, x, params["blocks"])
+    logits = jnp.einsum("btd,dv->btv", x, at_use(params["out"], gathered["out"]), **whole)
+    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(labels, 24, dtype=x.dtype), -1))
+
+
+def without_attention(tree):
+    return {**tree, "blocks": {name: tree["blocks"][name] for name in ("gain2", "w1", "w2")}}
+
+
+def network_problem(attends):
+    rng = np.random.default_rng(0)
+    draw = lambda shape: rng.standard_normal(shape) / np.sqrt(16) + (1.0 if shape == (2, 16) else 0.0)
+    params = jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    tokens, labels = rng.integers(24, size=(2, 2, 16, 8))
+    return params if attends else without_attention(params), tokens, labels
+
+
+def train(params, tokens, labels, loss, steps=3):
+    """Three steps of the optimizer, refreshed at the first and the third, the curvature on another batch."""
+    tx = gn.grouped_newton(0.5, gn.groups.per_tensor, refresh_every=2)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss)(params, tokens[0], labels[0])
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: loss(p, tokens[1], labels[1]))
+        return (optax.apply_updates(params, updates), state), None
+
+    return lax.scan(step, (params, tx.init(params)), length=steps)[0]
+
+
+@functools.cache
+def trained_on_one_device():
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(functools.partial(train, loss=network_loss))(*network_problem(attends=False))
+
+
+def on_a_mesh(layout, axis_type, run, attends):
+    """``run(params, tokens, labels, loss)`` with everything in its place."""
+    shape, names, places = LAYOUTS[layout]
+    mesh = mesh_of(shape, names, axis_type)
+    params, tokens, labels = network_problem(attends)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    loss = functools.partial(network_loss, explicit_axes=names if axis_type is AxisType.Explicit else ())
+    with jax.set_mesh(mesh):
+        batch = P(None, DATA if DATA in names else None)
+        params = jax.tree.map(put, params, places if attends else without_attention(places))
+        return jax.jit(functools.partial(run, loss=loss))(params, put(tokens, batch), put(labels, batch))
+
+
+@pytest.mark.parametrize(
+    ("layout", "axis_type"),
+    [(layout, AxisType.Explicit) for layout in LAYOUTS]
+    + [(layout, AxisType.Auto) for layout in ("data parallel", "fully sharded", "two axes")],
+)
+def test_training_on_a_mesh_is_training_on_one_device(x64, layout, axis_type):
+    params, state = on_a_mesh(layout, axis_type, train, attends=False)
+    # Adam's direction divides by gradients; rounding there is amplified, and twice by a rate.
+    assert_close((params, state), trained_on_one_device(), rtol=1e7 * EPS64)
+    ours = next(s for s in state if isinstance(s, gn.GroupedNewtonState))
+    for leaf in ours:
+        assert leaf.sharding.is_fully_replicated
+        assert set(leaf.shape) <= {len(jax.tree.leaves(params))}
+
+
+def test_the_summary_with_attention_on_two_explicit_axes_is_that_of_one_device(x64):
+    def summary(params, tokens, labels, loss):
+        direction = jax.tree.map(jnp.cos, params)
+        return gn.summarize(lambda p: loss(p, tokens[0], labels[0]), params, direction, order=2)
+
+    expected = jax.jit(functools.partial(summary, loss=network_loss))(*network_problem(attends=True))
+    assert_close(on_a_mesh("two axes", AxisType.Explicit, summary, attends=True), expected, rtol=1e4 * EPS64)
+
+
+# --- shard_map and pmap with axis_name ------------------------------------------------------------
+
+
+def synced_loss(params, x, y, mean=lambda v: v):
+    """Statistics of the whole batch, an equation of every kind, and a term of parameters alone."""
+    h = x @ params["a"] + params["b"][None]
+    center, square = mean(jnp.mean(h, 0)), mean(jnp.mean(h**2, 0))
+    h = jnp.tanh((h - center[None]) * lax.rsqrt(square - center**2 + 1e-3)[None])
+    h, total = lax.scan(lambda h, w: (jnp.sin(h @ w), jnp.mean(h**2)), h, params["c"])
+    out = h @ jnp.tanh(params["d"])
+    return jnp.mean((out - y) ** 2) + jnp.sum(total) + jnp.sum(jnp.tanh(params["d"]) ** 4)
+
+
+def local_problem():
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 2)
+    params = lambda: {"a": draw(3, 4), "b": draw(4), "c": draw(2, 4, 4), "d": draw(4, 2)}
+    return params(), params(), draw(16, 3), draw(16, 2)
+
+
+def on_every_device(run, kind, axis, in_specs):
+    """``run(params, direction, x, y)`` on 8 devices, the batch divided; its value on each must be the same."""
+    if kind == "pmap":
+        parts = lambda x: x.reshape(8, -1, *x.shape[1:])
+        devices = jax.devices("cpu")[:8]
+        mapped = jax.pmap(run, axis_name=axis, in_axes=(None, None, 0, 0), devices=devices)
+        found = lambda p, u, x, y: mapped(p, u, parts(x), parts(y))
+    else:
+        mesh = mesh_of((8,), (axis,))
+        each = lambda *args: jax.tree.map(lambda z: z[None], run(*args))
+        mapped = jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=P(axis), check_vma=kind == "tracked")
+        found = jax.jit(mapped)
+
+    def call(*args):
+        values = jax.device_get(found(*args))
+        jax.tree.map(lambda z: np.testing.assert_array_equal(z, np.broadcast_to(z[:1], z.shape)), values)
+        return jax.tree.map(lambda z: z[0], values)
+
+    return call
+
+
+DIVIDED = (P(), P(), P(DATA), P(DATA))
+
+
+@functools.cache
+def summary_of_the_whole_batch(method, log):
+    params, direction, x, y = local_problem()
+    value_fn = lambda p: jnp.log(synced_loss(p, x, y)) if log else synced_loss(p, x, y)
+    return jax.jit(lambda p, u: gn.summarize(value_fn, p, u, method=method))(params, direction)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "averages_itself"),
+    [
+        ("sweep", "tracked", False),
+        ("sweep", "tracked", True),
+        ("sweep", "untracked", False),
+        ("sweep", "untracked", True),
+        ("sweep", "pmap", True),
+        ("nested", "tracked", True),
+        ("nested", "untracked", True),
+    ],
+)
+def test_local_losses_give_the_summary_of_their_mean(x64, method, kind, averages_itself):
+    """With check_vma, without, and in pmap; statistics are taken over all devices, the loss by the function or not."""
+    if kind == "tracked" and method == "sweep" and not BATCHES_TRACKED_PSUM:
+        pytest.skip("this version of jax has no batching rule for psum under check_vma")
+    params, direction, x, y = local_problem()
+    mean = lambda v: lax.pmean(v, DATA)
+
+    def local(params, direction, x, y):
+        if averages_itself:
+            value_fn = lambda p: jnp.log(mean(synced_loss(p, x, y, mean)))
+        else:
+            value_fn = lambda p: synced_loss(p, x, y, mean)
+        return gn.summarize(value_fn, params, direction, method=method, axis_name=DATA)
+
+    expected = summary_of_the_whole_batch(method, averages_itself)
+    assert_close(on_every_device(local, kind, DATA, DIVIDED)(params, direction, x, y), expected, rtol=1e3 * EPS64)
+
+
+def plain_loss(params, x, y):
+    hidden = jnp.tanh(x @ params["a"] + params["b"][None])
+    return jnp.mean((jnp.sin(hidden @ params["c"][0]) @ params["d"] - y) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["tracked", "untracked", "pmap"])
+def test_training_on_local_batches_is_training_on_the_whole_batch(x64, kind):
+    params, _, x, y = local_problem()
+
+    def train(params, _, x, y, axis_name=None):
+        tx = gn.grouped_newton(0.5, gn.groups.per_tensor, refresh_every=2, axis_name=axis_name)
+        mean = lambda p: lax.pmean(plain_loss(p, x, y), axis_name) if axis_name else plain_loss(p, x, y)
+
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(mean)(params)
+            if kind != "tracked" and axis_name:  # there the transpose of a sum over devices is a sum over devices
+                grads = lax.pmean(grads, axis_name)
+            updates, state = tx.update(grads, state, params, value_fn=lambda p: plain_loss(p, x, y))
+            return (optax.apply_updates(params, updates), state), None
+
+        return lax.scan(step, (params, tx.init(params)), length=3)[0]
+
+    expected = jax.jit(train)(params, params, x, y)
+    found = on_every_device(functools.partial(train, axis_name=DATA), kind, DATA, DIVIDED)(params, params, x, y)
+    assert_close(found, expected, rtol=1e7 * EPS64)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_parameters_divided_by_hand_give_the_summary_of_the_whole(x64, check_vma):
+    """The batch and the rows of a parameter are divided over one axis, two tensors over another."""
+    if check_vma and not BATCHES_TRACKED_PSUM:
+        pytest.skip("this version of jax has no batching rule for psum under check_vma")
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 2)
+    make = lambda: {"in": draw(4, 3), "gain": draw(3), "up": draw(3, 6), "down": draw(6, 2)}
+    params, direction, x, y = make(), make(), draw(8, 4), draw(8, 2)
+    places = {"in": P(DATA), "gain": P(), "up": P(None, MODEL), "down": P(MODEL)}
+
+    def loss(params, x, y, gather=lambda w: w, add=lambda v: v):
+        h = jnp.tanh(x @ gather(jnp.sin(params["in"]))) * jnp.exp(params["gain"])[None]
+        return jnp.mean((add(jnp.tanh(h @ params["up"]) @ params["down"]) - y) ** 2)
+
+    def local(params, direction, x, y):
+        gather = lambda w: lax.all_gather(w, DATA, tiled=True)
+        add = lambda v: lax.psum(v, MODEL)
+        return gn.summarize(lambda p: loss(p, x, y, gather, add), params, direction, axis_name=(DATA, MODEL))
+
+    expected = jax.jit(lambda p, u: gn.summarize(lambda q: loss(q, x, y), p, u))(params, direction)
+    mesh = mesh_of((4, 2), (DATA, MODEL))
+    args = (places, places, P(DATA), P(DATA))
+    # The summary is the same everywhere, which is what the empty specification asserts under check_vma.
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=args, out_specs=P(), check_vma=check_vma)
+    assert_close(jax.jit(mapped)(params, direction, x, y), expected, rtol=1e3 * EPS64)
+
+
+def test_one_bad_part_of_the_direction_stops_the_step_everywhere():
+    mesh = mesh_of((8,), (DATA,))
+    tx = gn.scale_by_grouped_newton(axis_name=DATA)
+    loss = lambda p: lax.psum(jnp.sum((p - 1.0) ** 2), DATA)
+
+    def step(params, direction):
+        return tx.update(direction, tx.init(params), params, value_fn=loss)[0]
+
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA), check_vma=False))
+    assert np.all(np.asarray(run(jnp.zeros(8), -2 * jnp.ones(8))) == -1.0)
+    assert np.all(np.asarray(run(jnp.zeros(8), -2 * jnp.ones(8).at[3].set(jnp.nan))) == 0.0)
+
+
+@pytest.mark.parametrize("axis_name", ["nowhere", (DATA, "nowhere")])
+def test_an_axis_name_without_an_axis_is_refused(axis_name):
+    params = {"p": jnp.ones(3)}
+    square = lambda p: jnp.sum(p["p"] ** 2)
+    with pytest.raises(ValueError, match=r"axis_name '(data|nowhere)' is no axis of a shard_map or pmap around"):
+        gn.summarize(square, params, params, axis_name=axis_name)
+    tx = gn.grouped_newton(axis_name=axis_name)
+    with pytest.raises(ValueError, match="leave axis_name out under jit"):
+        tx.update(params, tx.init(params), params, value_fn=square)
+
+
+# --- what is sent between devices -----------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r"= (?P<result>\(.*?\)|\S+) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    r"|collective-broadcast|ragged-all-to-all)(-start)?\("
+)
+
+
+def collectives(compiled):
+    """(kind, numbers in it) of every collective in a compiled program."""
+    size = lambda result: sum(math.prod(map(int, dims.split(","))) if dims else 1 for dims in _dims(result))
+    return [(m["kind"], size(m["result"])) for m in map(COLLECTIVE.search, compiled.as_text().splitlines()) if m]
+
+
+def _dims(result):
+    return re.findall(r"[a-z]\w*\[([\d,]*)\]", result)
+
+
+WIDTHS = (32, 64, 64, 8)
+P_SIZE = sum(m * n + n for m, n in itertools.pairwise(WIDTHS))
+S = 2 * (len(WIDTHS) - 1)
+SUMMARY_SIZE = (S + 1) ** 2
+
+
+def data_parallel_problem():
+    rng = np.random.default_rng(3)
+    params, direction = models.dense_params(WIDTHS, seed=0), models.dense_params(WIDTHS, seed=1)
+    float32 = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+    return float32((params, direction, rng.standard_normal((16, WIDTHS[0])), rng.standard_normal((16, WIDTHS[-1]))))
+
+
+def dense_loss(params, x, y):
+    return jnp.mean((models.apply_dense(params, x) - y) ** 2)
+
+
+def in_half(params, x, y):
+    half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (params, x))
+    return jnp.mean((models.apply_dense(*half).astype(jnp.float32) - y) ** 2)
+
+
+def compiled_in_data_parallel(fn):
+    mesh = mesh_of((8,), (DATA,))
+    params, direction, x, y = data_parallel_problem()
+    put = lambda tree, spec: jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), tree)
+    args = put(params, P()), put(direction, P()), put(x, P(DATA)), put(y, P(DATA))
+    return jax.jit(fn).lower(*args).compile()
+
+
+def summary_of(loss, **options):
+    return lambda p, u, x, y: gn.summarize(lambda q: loss(q, x, y), p, u, **options)
+
+
+def test_a_refresh_in_data_parallel_sends_no_parameters():
+    """The gradient shows that the program is read rightly, and so does the nested method, which sends gradients."""
+    gradient = collectives(compiled_in_data_parallel(lambda p, u, x, y: jax.value_and_grad(dense_loss)(p, x, y)))
+    assert {kind for kind, _ in gradient} == {"all-reduce"}
+    assert sum(size for _, size in gradient) == P_SIZE + 1
+    nested = collectives(compiled_in_data_parallel(summary_of(dense_loss, method="nested")))
+    assert sum(size for _, size in nested) > P_SIZE
+
+    sweep = collectives(compiled_in_data_parallel(summary_of(dense_loss)))
+    print(f"P = {P_SIZE}, S = {S}: gradient {gradient}, sweep {sweep}, nested {len(nested)}")
+    # The sums so far, once or twice a layer, and the slopes.
+    assert {kind for kind, _ in sweep} == {"all-reduce"}
+    assert len(sweep) <= 2 * len(WIDTHS)
+    assert all(size <= 2 * SUMMARY_SIZE for _, size in sweep)
+
+
+@pytest.mark.parametrize("loss", [dense_loss, in_half], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_a_refresh_with_an_axis_name_is_one_all_reduce_of_the_summary(loss, check_vma):
+    def sharded(*args):
+        local = summary_of(loss, axis_name=DATA)
+        mesh = mesh_of((8,), (DATA,))
+        return jax.shard_map(local, mesh=mesh, in_specs=DIVIDED, out_specs=P(), check_vma=check_vma)(*args)
+
+    assert collectives(compiled_in_data_parallel(sharded)) == [("all-reduce", SUMMARY_SIZE)]
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+WORKER = pathlib.Path(__file__).parent / "distributed_worker.py"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_train_to_the_numbers_of_one():
+    def start(*args):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, str(WORKER), *map(str, args)], **pipes)
+
+    port = free_port()
+    workers = [start(port, 2, 0), start(port, 2, 1), start(port, 1, 0)]
+    try:
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if any("NO CPU COLLECTIVES" in output for output in outputs):
+        pytest.skip("this jaxlib has no collectives between processes on the CPU")
+    found = []
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output
+        (line,) = (line for line in output.splitlines() if line.startswith("RESULT"))
+        found.append(np.array([float.fromhex(word) for word in line.split()[1:]]))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], found[2], rtol=1e6 * EPS64)
