@@ -49,10 +49,11 @@ def zeros(aval: Any, dtype: Any = None, rows: int | None = None) -> jax.Array:
 
 
 def varying_axes(aval: Any) -> frozenset:
-    """The axes of ``shard_map`` over which a value of this type is known to vary; jax 0.12 keeps them elsewhere."""
+    """The axes of ``shard_map`` over which a value of this type is known to vary, kept elsewhere in later jax."""
     if hasattr(aval, "vma"):
         return aval.vma or frozenset()
-    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    kinds = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)
+    return getattr(kinds, "varying", frozenset())
 
 
 def tracked_axes() -> tuple:
