@@ -66,14 +66,15 @@ def _max_pool(x):
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
-def lenet(batch=100, channels=(6, 16, 120, 84), seed=0):
-    """Two convolutions and three dense layers on 32 x 32 x 3, tanh."""
+def lenet(batch=100, channels=(6, 16, 120, 84), size=32, seed=0):
+    """Two convolutions and three dense layers on size x size x 3, tanh."""
     init = _Init(seed)
-    x, y = init(batch, 32, 32, 3, fan_in=1), jnp.arange(batch) % 10
+    x, y = init(batch, size, size, 3, fan_in=1), jnp.arange(batch) % 10
+    places = (((size - 4) // 2 - 4) // 2) ** 2
     params = {}
     for i, (a, b) in enumerate(itertools.pairwise([3, *channels[:2]])):
         params[f"conv_{i}"] = {"w": init(5, 5, a, b), "b": init(b)}
-    for i, (a, b) in enumerate(itertools.pairwise([25 * channels[1], *channels[2:], 10])):
+    for i, (a, b) in enumerate(itertools.pairwise([places * channels[1], *channels[2:], 10])):
         params[f"dense_{i}"] = {"w": init(a, b), "b": init(b)}
 
     def loss(params):

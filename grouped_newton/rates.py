@@ -4,7 +4,7 @@
   d = |third|^(1/3)  (S,)              lam  the internal damping
 
 A rule is a function ``(summary, lam) -> CubicSolution``; anyone can write one. Beside
-it a rule for the damping, from the model's error.
+it a rule for the damping, from the model's error, and one for the time between refreshes.
 """
 
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> Mode
     Args:
       summary: at theta, of the batch that ``loss_after`` is of; not an average.
       eta: the rates as they are used, (S,).
-      loss_after: L(theta - sum_s eta_s u_s), ().
+      loss_after: L(theta - sum_s eta_s u_s), (), in the loss's own dtype.
 
     Returns:
       A :class:`ModelError`. The quotient isn't reliable where the curvature term
@@ -140,9 +140,10 @@ def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> Mode
     """
     slope = jnp.vdot(summary.gbar, eta, precision="highest")
     curvature = jnp.vdot(eta, jnp.matmul(summary.hbar, eta, precision="highest"), precision="highest") / 2
-    decrease = summary.loss - loss_after
-    excess = (slope - curvature) - decrease
-    rounding = 16 * jnp.finfo(eta.dtype).eps * jnp.abs(summary.loss)
+    excess = (slope - curvature) - (summary.loss - loss_after.astype(eta.dtype))
+    # A loss in half precision is rounded there, whatever holds it here.
+    eps = max(jnp.finfo(loss_after.dtype).eps, jnp.finfo(eta.dtype).eps)
+    rounding = 16 * float(eps) * jnp.abs(summary.loss)
     quotient = jnp.abs(excess) / jnp.where(curvature > 0, curvature, 1)
     reliable = (curvature > 0) & (jnp.abs(slope - curvature) > rounding) & jnp.isfinite(quotient)
     gross = ~(excess <= jnp.abs(slope) + jnp.abs(curvature) + rounding)

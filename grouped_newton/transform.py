@@ -216,7 +216,7 @@ def scale_by_grouped_newton(
             if adaptive:
                 eta = used(state.eta, progress.scale)
                 after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
-                error = _rates.model_error(summary, eta, after.astype(eta.dtype))
+                error = _rates.model_error(summary, eta, after)
                 # No step is made along a direction that isn't finite, and none is judged.
                 error = error._replace(reliable=error.reliable & finite, gross=error.gross & finite)
                 state = state._replace(

@@ -21,9 +21,9 @@ POOL = "pool"
 SIZES = {
     "mlp": {"widths": (7, 9, 6, 5, 4), "batch": 8},
     "mlp, a group a layer": {"widths": (7, 9, 6, 5, 4), "batch": 8},
-    "lenet": {"channels": (2, 3, 5, 4), "batch": 3},
+    "lenet": {"channels": (2, 3, 5, 4), "size": 16, "batch": 3},
     "mlp 20 x 1024": {"widths": (7, *[6] * 20, 4), "batch": 8},
-    "vgg-11": {"plan": (2, POOL, 3, POOL, 3, 3, POOL, 4, 4, POOL, 4, 4, POOL), "batch": 3},
+    "vgg-11": {"plan": (2, POOL, 3, 3, POOL, 4, 4, POOL), "size": 8, "batch": 3},
     "transformer, 4 blocks": {"layers": 2, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
     "transformer, 4 scanned": {"layers": 2, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
     "transformer, 12 scanned": {"layers": 3, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},

@@ -402,6 +402,16 @@ def test_damping_stays_put_under_the_rounding_of_the_loss():
         np.testing.assert_array_equal(state.model_error, 0.0)
 
 
+def test_damping_stays_put_under_the_rounding_of_a_loss_in_half_precision():
+    """The decrease of 1/2 is invisible beside a loss of 256 in bfloat16, and not in the state's float32."""
+    loss = lambda p: (256.0 + p + p**2 / 2).astype(jnp.bfloat16)
+    tx = scale_by_grouped_newton(internal_damping=adaptive_damping(1.0, 0.1), refresh_every=1)
+    step = lambda state, _: (tx.update(jnp.ones(()), state, jnp.zeros(()), value_fn=loss)[1],) * 2
+    state = lax.scan(step, tx.init(jnp.zeros(())), length=5)[1]
+    np.testing.assert_array_equal(state.damping, 1.0)
+    np.testing.assert_array_equal(state.model_error, 0.0)
+
+
 def test_damping_stays_at_its_floor_while_a_descent_on_a_quadratic_converges_to_rounding():
     scales = jnp.array([1.0, 3.0, 10.0])
     loss = lambda p: 5.0 + jnp.sum(scales * (p - 1 / 3) ** 2)

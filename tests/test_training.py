@@ -32,7 +32,8 @@ def test_every_run_is_kept_once(results):
     training.sweep(TWO, FEW, [0], results, steps=30, checkpoints=3)
     training.time_steps(TWO[:1], FEW, results, rounds=1, block=10)
     assert training.read([results]) == records
-    assert len([r for r in records if r["kind"] == "run"]) == 2 * (6 + 1 + 1)
+    settings = sum(len(grid) for _, grid in FEW.values())
+    assert len([r for r in records if r["kind"] == "run"]) == len(TWO) * settings
 
 
 def test_runs_begin_alike_and_ours_descends(results):

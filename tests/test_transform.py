@@ -667,6 +667,18 @@ def test_frozen_leaves_of_kinds_without_arithmetic_are_left_alone():
     assert damping(params["w"]) == 0.5
 
 
+def test_a_refresh_whose_step_would_be_gross_shrinks_that_step():
+    """The loss has no value beyond -1/2; the rate is 1, and the step's loss was fine."""
+    loss = lambda p: jnp.where(p < -0.5, jnp.nan, p + p**2 / 2)
+    tx = gn.scale_by_grouped_newton(
+        internal_damping=gn.adaptive_damping(), refresh_every=2, scale_rule=gn.success_rule()
+    )
+    step = lambda state, _: tx.update(jnp.ones(()), state, jnp.zeros(()), value_fn=loss, value=1.0)[::-1]
+    state, updates = jax.jit(lambda: lax.scan(step, tx.init(jnp.zeros(())), length=4))()
+    np.testing.assert_allclose(updates, [0.7, 0.7, 0.49, 0.49], rtol=8 * EPS)
+    np.testing.assert_array_equal((state.eta[0], state.damping, state.rejected), (1, 16, 0))
+
+
 def log_cosh(params):
     """Flat far out, where the cubic model knows of no end: Newton's steps grow exponentially there."""
     z = jnp.array([1.0, 2.0, 4.0, 8.0]) * params["x"]
