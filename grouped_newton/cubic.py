@@ -135,6 +135,50 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
     )
 
 
+def solve_decoupled(gbar: Any, h: Any, d: Any, internal_damping: Any) -> CubicSolution:
+    """:func:`solve_cubic` for a diagonal hbar, h being (S,): one equation for mu, no matrix.
+
+    ::
+
+      eta_s = g_s / (h_s + mu d_s^2),   mu = kappa ||D eta|| >= pole = max(0, max_s -h_s / d_s^2)
+
+    The root is measured from the pole, where every denominator is a sum of
+    non-negative terms, known to a rounding error of h_s.
+    """
+    dtype = jnp.result_type(gbar, h, d, jnp.float32)
+    g, h, d, lam = (jnp.asarray(x).astype(dtype) for x in (gbar, h, d, internal_damping))
+    if g.size == 0:
+        return CubicSolution(g, jnp.zeros((), dtype), jnp.int32(CubicStatus.SOLVED))
+    # Reductions are few here: on the CPU each one in a program costs time at every call, executed or not.
+    finite = jnp.sum(0 * jnp.concatenate([g, h, d, lam[None]])) == 0
+    g, h, d, lam = (jnp.where(finite, x, 1) for x in (g, h, jnp.abs(d), lam))
+    damped = lam / 2 >= jnp.finfo(dtype).tiny
+    given_d, d, kappa = d, jnp.where(damped, d, 0), jnp.where(damped, lam / 2, 1)
+
+    cubic = d > 0
+    poles = jnp.where(cubic, -h / jnp.where(cubic, d, 1) / jnp.where(cubic, d, 1), 0)
+    pole = jnp.max(poles, initial=0)
+    at_pole = cubic & (poles == pole)
+    from_pole = jnp.where(at_pole, 0, jnp.where(cubic, jnp.maximum(h + pole * d * d, 0), h))
+    eta_at = lambda xi: jnp.where(g == 0, 0, g / (from_pole + xi * d * d))
+    xi, below = _bisect(lambda xi: kappa * norm(d * eta_at(xi)) > pole + xi, dtype, jnp.finfo(dtype).max)
+    hard = below & (pole > 0)
+    eta = eta_at(jnp.where(below, 0, xi))
+    others = jnp.where(hard & at_pole, 0, eta)
+    radius = pole / kappa
+    share = norm(d * others) / jnp.where(radius > 0, radius, 1)
+    completing = jnp.where(g < 0, -radius, radius) * jnp.sqrt(jnp.maximum(1 - share * share, 0)) / jnp.where(cubic, d, 1)
+    first = jnp.arange(g.size) == jnp.argmax(at_pole)
+    eta = jnp.where(hard & first, completing, others)
+
+    well_posed = cubic | (h > 0) | ((h == 0) & (g == 0))
+    bounded = (lam >= 0) & (jnp.sum(jnp.where(well_posed, 0 * eta, 1)) == 0)
+    solved = jnp.where(hard, CubicStatus.HARD_CASE, CubicStatus.SOLVED)
+    status = jnp.where(finite, jnp.where(bounded, solved, CubicStatus.UNBOUNDED), CubicStatus.NOT_FINITE)
+    eta = jnp.where(finite & bounded, eta, 0)
+    return CubicSolution(eta, norm(given_d * eta), status.astype(jnp.int32))
+
+
 _NOTHING = -(1 << 20)  # the exponent of zero
 
 
@@ -205,7 +249,7 @@ def _solve_in_bracket(g, H, d, kappa, j):
     fraction, b = _ldexp(kappa, -_exponent(kappa)) * 2**-1.5, _exponent(kappa) + q - 3 * j
     root_gamma = jnp.sqrt(gamma)
     w = _ldexp(fraction * root_gamma * c, b)
-    xi, below = _bisect(lambda xi: norm(w / (p + xi * gamma)) > a + xi, g.dtype)
+    xi, below = _bisect(lambda xi: norm(w / (p + xi * gamma)) > a + xi, g.dtype, 1.0)
     hard = indefinite & below
 
     # Components near the pole are taken in units of w (z, of the size of a), all others in units of c.
@@ -246,12 +290,12 @@ def _refined(eta, g, H, d, kappa, j):
     return _ldexp(lax.while_loop(unfinished, step, (0, x, all_allowed, x, True))[1], k - e)
 
 
-def _bisect(is_below_root, dtype):
-    """The largest positive float below the root, by bisection on its bits; and whether the root is below them all."""
+def _bisect(is_below_root, dtype, largest):
+    """The largest float in (0, largest) below the root, by bisection on its bits; and whether the root is below them all."""
     info, bits_type = _float_layout(dtype)
     to_bits = lambda x: lax.bitcast_convert_type(jnp.asarray(x, dtype), bits_type)
     to_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
-    low, high = to_bits(info.tiny), to_bits(1.0)
+    low, high = to_bits(info.tiny), to_bits(largest)
 
     def halve(_, bracket):
         low, high = bracket
@@ -259,7 +303,7 @@ def _bisect(is_below_root, dtype):
         below = is_below_root(to_float(mid))
         return jnp.where(below, mid, low), jnp.where(below, high, mid)
 
-    found, _ = lax.fori_loop(0, info.bits - 2, halve, (low, high))
+    found, _ = lax.fori_loop(0, info.bits - 1, halve, (low, high))
     return to_float(found), ~is_below_root(to_float(low))
 
 

@@ -7,13 +7,14 @@ A rule is a function ``(summary, lam) -> CubicSolution``; anyone can write one. 
 it a rule for the damping, from the model's error, and one for the time between refreshes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.cubic import CubicSolution, CubicStatus, norm, solve_cubic
+from grouped_newton.cubic import CubicSolution, CubicStatus, norm, solve_cubic, solve_decoupled
 from grouped_newton.summary import Summary
 
 RateRule = Callable[[Summary, Any], CubicSolution]
@@ -42,7 +43,33 @@ def cubic_rates() -> RateRule:
     return lambda summary, lam: solve_cubic(summary.gbar, summary.hbar, _scale_of_cubic(summary), lam)
 
 
-def edge_rates(factor: float = 1.8) -> RateRule:
+@dataclasses.dataclass(frozen=True, eq=False)
+class EdgeRates:
+    """Made by :func:`edge_rates`: a rate rule."""
+
+    factor: Any
+
+    def __call__(self, summary: Summary, lam: Any) -> CubicSolution:
+        gbar, hbar, d = summary.gbar, summary.hbar, _scale_of_cubic(summary)
+        shape = solve_decoupled(gbar, jnp.diag(hbar), d, lam)
+        e = jnp.maximum(shape.eta, 0)
+        radius = norm(d * e)
+        sigma, kappa = jnp.asarray(self.factor, e.dtype), jnp.asarray(lam, e.dtype) / 2
+        # The model along the ray, stretched: its derivative at alpha is -a1 + a2 alpha + a3 alpha^2.
+        a1 = jnp.vdot(gbar, e, precision="highest")
+        a2 = jnp.vdot(e, jnp.matmul(hbar, e, precision="highest"), precision="highest") / sigma
+        a3 = kappa / sigma**2 * radius * radius * radius  # from the left: radius^3 overflows first
+        alpha, bounded = _positive_root(a1, a2, a3)
+        eta = alpha * e
+        numbers_fine = jnp.all(jnp.isfinite(hbar)) & (shape.status != CubicStatus.NOT_FINITE)
+        bounded = bounded & (shape.status != CubicStatus.UNBOUNDED) & jnp.all(jnp.isfinite(eta))
+        status = jnp.where(bounded, shape.status, CubicStatus.UNBOUNDED)
+        status = jnp.where(numbers_fine, status, CubicStatus.NOT_FINITE)
+        found = status < CubicStatus.UNBOUNDED
+        return CubicSolution(jnp.where(found, eta, 0), jnp.where(found, alpha * radius, 0), status.astype(jnp.int32))
+
+
+def edge_rates(factor: float = 1.8) -> EdgeRates:
     """Decoupled rates, scaled jointly to ``factor`` times the model's minimum along them.
 
     The ratios of the rates come from the cubic model without the coupling
@@ -61,7 +88,7 @@ def edge_rates(factor: float = 1.8) -> RateRule:
 
     Returns:
       A rate rule, ``(summary, internal_damping) -> CubicSolution``. Its rates are
-      never negative. It is UNBOUNDED where the model falls for ever along e.
+      never negative. The solution is UNBOUNDED where the model falls for ever along e.
 
     Raises:
       ValueError: if ``factor`` isn't in (0, 2).
@@ -76,27 +103,7 @@ def edge_rates(factor: float = 1.8) -> RateRule:
     """
     if not isinstance(factor, jax.core.Tracer) and not 0 < factor < 2:
         raise ValueError(f"factor must be in (0, 2), got {factor!r}; 1 is the greedy step, 2 the edge of stability")
-
-    def rule(summary, lam):
-        gbar, hbar, d = summary.gbar, summary.hbar, _scale_of_cubic(summary)
-        shape = solve_cubic(gbar, jnp.diag(jnp.diag(hbar)), d, lam)
-        e = jnp.maximum(shape.eta, 0)
-        radius = norm(d * e)
-        sigma, kappa = jnp.asarray(factor, e.dtype), jnp.asarray(lam, e.dtype) / 2
-        # The model along the ray, stretched: its derivative at alpha is -a1 + a2 alpha + a3 alpha^2.
-        a1 = jnp.vdot(gbar, e, precision="highest")
-        a2 = jnp.vdot(e, jnp.matmul(hbar, e, precision="highest"), precision="highest") / sigma
-        a3 = kappa / sigma**2 * radius * radius * radius  # from the left: radius^3 overflows first
-        alpha, bounded = _positive_root(a1, a2, a3)
-        eta = alpha * e
-        numbers_fine = jnp.all(jnp.isfinite(hbar)) & (shape.status != CubicStatus.NOT_FINITE)
-        bounded = bounded & (shape.status != CubicStatus.UNBOUNDED) & jnp.all(jnp.isfinite(eta))
-        status = jnp.where(bounded, shape.status, CubicStatus.UNBOUNDED)
-        status = jnp.where(numbers_fine, status, CubicStatus.NOT_FINITE)
-        found = status < CubicStatus.UNBOUNDED
-        return CubicSolution(jnp.where(found, eta, 0), jnp.where(found, alpha * radius, 0), status.astype(jnp.int32))
-
-    return rule
+    return EdgeRates(factor)
 
 
 class AdaptiveDamping(NamedTuple):

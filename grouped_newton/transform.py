@@ -345,17 +345,25 @@ def grouped_newton(
 
 
 def _kept_when_not_finite(direction, groups, axis_name):
-    """The direction, whose state stays as it was where what it makes of a gradient isn't finite."""
+    """The direction, NaN and with its state as it was where the gradient or its squares aren't finite."""
     direction = optax.with_extra_args_support(direction)
 
     def update(updates, state, params=None, **extra_args):
         partition = _resolve(groups, updates)
-        # A huge gradient overflows in Adam's second moment, and the direction is then zero, which is finite.
+        # A huge gradient overflows in Adam's second moment.
         fine = _squares_are_finite(partition, updates, axis_name)
-        updates, new = direction.update(updates, state, params, **extra_args)
-        # Again in the transform: computed once.
-        finite = fine & _finite_direction(partition, updates, axis_name)
-        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        advance = lambda updates, state: direction.update(updates, state, params, **extra_args)
+        kinds = jax.eval_shape(advance, updates, state)
+
+        def keep(updates, state):
+            leaves, treedef = jax.tree.flatten(updates)
+            pairs = zip(leaves, partition.index, strict=True)
+            updates = treedef.unflatten([u if g < 0 else jnp.full_like(u, jnp.nan) for u, g in pairs])
+            cast = lambda x, kind: x if jnp.result_type(x) == kind.dtype else jnp.asarray(x).astype(kind.dtype)
+            return jax.tree.map(cast, (updates, state), kinds)
+
+        # A branch, so that what is kept costs no pass over the state where all is well.
+        return lax.cond(fine, advance, keep, updates, state)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
@@ -405,10 +413,12 @@ def _refreshed(state, summary, damping, rates, summary_decay):
     average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
     solution = rates(average, damping)
-    no_rates_yet = jnp.all(state.eta == 0)
-    fall_back = no_rates_yet & (solution.status == CubicStatus.UNBOUNDED)
     outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
-    eta, found = lax.cond(fall_back, lambda: outcome(_rates.edge_rates()(average, damping)), lambda: outcome(solution))
+    eta, found = outcome(solution)
+    if not isinstance(rates, _rates.EdgeRates):
+        fall_back = jnp.all(state.eta == 0) & (solution.status == CubicStatus.UNBOUNDED)
+        edge = lambda: outcome(_rates.edge_rates()(average, damping))
+        eta, found = lax.cond(fall_back, edge, lambda: (eta, found))
     accepted = finite & found & _all_finite(eta)
     status = jnp.where(finite, solution.status, CubicStatus.NOT_FINITE)
     return state._replace(
