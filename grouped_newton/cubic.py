@@ -156,20 +156,21 @@ def solve_decoupled(gbar: Any, h: Any, d: Any, internal_damping: Any) -> CubicSo
     given_d, d, kappa = d, jnp.where(damped, d, 0), jnp.where(damped, lam / 2, 1)
 
     cubic = d > 0
-    poles = jnp.where(cubic, -h / jnp.where(cubic, d, 1) / jnp.where(cubic, d, 1), 0)
+    divisor = jnp.where(cubic, d, 1)
+    poles = jnp.where(cubic, -h / divisor / divisor, 0)
     pole = jnp.max(poles, initial=0)
     at_pole = cubic & (poles == pole)
     from_pole = jnp.where(at_pole, 0, jnp.where(cubic, jnp.maximum(h + pole * d * d, 0), h))
     eta_at = lambda xi: jnp.where(g == 0, 0, g / (from_pole + xi * d * d))
     xi, below = _bisect(lambda xi: kappa * norm(d * eta_at(xi)) > pole + xi, dtype, jnp.finfo(dtype).max)
     hard = below & (pole > 0)
-    eta = eta_at(jnp.where(below, 0, xi))
-    others = jnp.where(hard & at_pole, 0, eta)
+    eta = jnp.where(hard & at_pole, 0, eta_at(jnp.where(below, 0, xi)))
+    # In the hard case mu is the pole, and one group there makes up ||D eta|| = pole / kappa.
     radius = pole / kappa
-    share = norm(d * others) / jnp.where(radius > 0, radius, 1)
-    completing = jnp.where(g < 0, -radius, radius) * jnp.sqrt(jnp.maximum(1 - share * share, 0)) / jnp.where(cubic, d, 1)
+    share = norm(d * eta) / jnp.where(radius > 0, radius, 1)
+    completing = radius * jnp.sqrt(jnp.maximum(1 - share * share, 0)) / divisor
     first = jnp.arange(g.size) == jnp.argmax(at_pole)
-    eta = jnp.where(hard & first, completing, others)
+    eta = jnp.where(hard & first, jnp.where(g < 0, -completing, completing), eta)
 
     well_posed = cubic | (h > 0) | ((h == 0) & (g == 0))
     bounded = (lam >= 0) & (jnp.sum(jnp.where(well_posed, 0 * eta, 1)) == 0)
@@ -291,7 +292,7 @@ def _refined(eta, g, H, d, kappa, j):
 
 
 def _bisect(is_below_root, dtype, largest):
-    """The largest float in (0, largest) below the root, by bisection on its bits; and whether the root is below them all."""
+    """The largest float in (0, largest) below the root, bisected on its bits; and whether the root is below them all."""
     info, bits_type = _float_layout(dtype)
     to_bits = lambda x: lax.bitcast_convert_type(jnp.asarray(x, dtype), bits_type)
     to_float = lambda bits: lax.bitcast_convert_type(bits, dtype)

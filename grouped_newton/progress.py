@@ -4,8 +4,9 @@
   window_mean   mean of the last window that closed      deviation  mean |v_k - window_mean| over it
   scale         in (0, 1], a factor on all rates
 
-A window closes at a refresh. A value over window_mean + 8 deviation is a spike: the
-scale shrinks at once, and the value counts as that limit.
+A window closes at a refresh. A value over window_mean + 8 deviation is a spike: it
+counts as that limit, and the scale shrinks at once if it is the highest of its window.
+A value that isn't finite is above all others.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,13 @@ LEAST_WINDOW = 5
 
 
 class Progress(NamedTuple):
-    """Scalars; ``window_mean`` is the largest number before there is any, ``deviation`` 0."""
+    """Scalars; at first ``window_mean`` is the largest number, ``window_peak`` the least, ``deviation`` 0."""
 
     scale: jax.Array
     window_sum: jax.Array
     window_spread: jax.Array
     window_count: jax.Array
+    window_peak: jax.Array
     window_mean: jax.Array
     deviation: jax.Array
 
@@ -71,11 +73,19 @@ def start(dtype: Any) -> Progress:
     """Nothing seen yet."""
     number = lambda value: jnp.array(value, dtype)
     largest = jnp.finfo(dtype).max
-    return Progress(number(1), number(0), number(0), jnp.array(0, jnp.int32), number(largest), number(0))
+    return Progress(
+        scale=number(1),
+        window_sum=number(0),
+        window_spread=number(0),
+        window_count=jnp.array(0, jnp.int32),
+        window_peak=number(-largest),
+        window_mean=number(largest),
+        deviation=number(0),
+    )
 
 
 def observe(progress: Progress, value: Any, rule: ScaleRule) -> Progress:
-    """Adds the loss of a step to the open window, and shrinks the scale at once if it is a spike."""
+    """Adds the loss of a step to the open window, and shrinks the scale at once if it is a spike that rises."""
     dtype = progress.scale.dtype
     value = jnp.asarray(value).astype(dtype)
     top = jnp.finfo(dtype).max * 2.0**-40  # sums of many stay finite
@@ -85,14 +95,17 @@ def observe(progress: Progress, value: Any, rule: ScaleRule) -> Progress:
     finite = jnp.isfinite(value)
     spike = ~finite | (known & (value > limit))
     counts = finite | known
+    height = jnp.where(finite, value, jnp.finfo(dtype).max)
+    rises = spike & (height > progress.window_peak)
     value = jnp.where(spike, limit, value)
     distance = jnp.abs(value - progress.window_mean)
     add = lambda total, x: total + jnp.where(counts, x, 0)
     return progress._replace(
-        scale=jnp.where(spike, rule(progress.scale, False), progress.scale).astype(dtype),
+        scale=jnp.where(rises, rule(progress.scale, False), progress.scale).astype(dtype),
         window_sum=add(progress.window_sum, value),
         window_spread=add(progress.window_spread, jnp.where(_any_closed(progress), distance, 0)),
         window_count=progress.window_count + counts.astype(jnp.int32),
+        window_peak=jnp.where(rises, height, progress.window_peak),
     )
 
 
@@ -106,6 +119,7 @@ def close_window(progress: Progress, rule: ScaleRule) -> Progress:
         window_sum=jnp.zeros_like(mean),
         window_spread=jnp.zeros_like(mean),
         window_count=jnp.zeros_like(progress.window_count),
+        window_peak=jnp.full_like(mean, -jnp.finfo(mean.dtype).max),
         window_mean=mean,
         deviation=progress.window_spread / count,
     )

@@ -164,9 +164,10 @@ def adaptive_damping(initial: float = 1.0, floor: float = 1.0) -> AdaptiveDampin
 
       error = |actual - quadratic decrease| / (eta^T hbar eta / 2)
 
-    Above 1/2 the damping doubles, below 1/10 it halves, and where the step is grossly
-    worse than the model (or not finite) it is multiplied by 4. It costs one more
-    evaluation of the loss per refresh.
+    Above 1/2 the damping doubles, below 1/10 it halves. Where the step is grossly
+    worse than the model, or not finite, it is multiplied by 4, and the rates are halved
+    at once until they aren't, ten times at most. It costs one more evaluation of the
+    loss per refresh, and one for each halving.
 
     Args:
       initial: the damping at the start, positive, without unit.

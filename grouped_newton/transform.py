@@ -18,6 +18,8 @@ from grouped_newton.averaging import average_params
 from grouped_newton.cubic import CubicStatus
 from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
 
+_MOST_HALVINGS = 10
+
 
 class GroupedNewtonState(NamedTuple):
     """State of :func:`scale_by_grouped_newton`; everything in it is finite.
@@ -25,7 +27,8 @@ class GroupedNewtonState(NamedTuple):
     Attributes:
       count: steps taken, int32 ().
       next_refresh: the step at which the next refresh is due, int32 ().
-      eta: the rule's rates, unclipped, before scale and learning rate, (S,).
+      eta: the rule's rates, unclipped, before scale and learning rate, (S,);
+        halved where the loss showed at once that they were grossly too large.
       scale: factor on all rates, 1 without a scale rule, ().
       damping: the internal damping, of the last refresh or, where it adapts, for
         the next one, ().
@@ -39,8 +42,8 @@ class GroupedNewtonState(NamedTuple):
       rejected: refreshes that changed no rate, for want of finite numbers or of
         a minimiser, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
-      window_sum, window_spread, window_count, window_mean, deviation: losses
-        that the scale rule judges by, see :mod:`grouped_newton.progress`, ().
+      window_sum, window_spread, window_count, window_peak, window_mean, deviation:
+        losses that the scale rule judges by, see :mod:`grouped_newton.progress`, ().
     """
 
     count: jax.Array
@@ -60,6 +63,7 @@ class GroupedNewtonState(NamedTuple):
     window_sum: jax.Array
     window_spread: jax.Array
     window_count: jax.Array
+    window_peak: jax.Array
     window_mean: jax.Array
     deviation: jax.Array
 
@@ -214,18 +218,28 @@ def scale_by_grouped_newton(
             elif scale_rule:
                 progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
             if adaptive:
-                eta = used(state.eta, progress.scale)
-                after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
-                error = _rates.model_error(summary, eta, after)
-                # No step is made along a direction that isn't finite, and none is judged.
-                error = error._replace(reliable=error.reliable & finite, gross=error.gross & finite)
+
+                def trial(eta, scale):
+                    eta = used(eta, scale)
+                    after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
+                    error = _rates.model_error(summary, eta, after)
+                    # No step is made along a direction that isn't finite, and none is judged.
+                    return error._replace(reliable=error.reliable & finite, gross=error.gross & finite)
+
+                error = trial(state.eta, progress.scale)
+                if scale_rule:
+                    shrunk = scale_rule(progress.scale, False).astype(progress.scale.dtype)
+                    progress = progress._replace(scale=jnp.where(error.gross, shrunk, progress.scale))
+                _, eta, _ = lax.while_loop(
+                    lambda loop: loop[2] & (loop[0] < _MOST_HALVINGS),
+                    lambda loop: (loop[0] + 1, loop[1] / 2, trial(loop[1] / 2, progress.scale).gross),
+                    (0, state.eta, error.gross),
+                )
                 state = state._replace(
+                    eta=eta,
                     damping=adaptive.update(state.damping, error).astype(eta.dtype),
                     model_error=jnp.where(error.reliable, error.quotient, 0),
                 )
-                if scale_rule:
-                    shrunk = scale_rule(progress.scale, False).astype(eta.dtype)
-                    progress = progress._replace(scale=jnp.where(error.gross, shrunk, progress.scale))
             next_refresh = jnp.asarray(refresh_after(state.count), jnp.int32)
             return state._replace(next_refresh=next_refresh, **progress._asdict())
 

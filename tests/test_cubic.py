@@ -9,6 +9,7 @@ from jax import lax
 from oracles import certify_cubic, cubic_model, definiteness_without_cubic, minimise_cubic
 
 from grouped_newton import CubicStatus, solve_cubic
+from grouped_newton.cubic import solve_decoupled
 
 SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE = CubicStatus
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
@@ -173,6 +174,32 @@ def test_status_tells_which_case(S, precision):
     for case in ("definite", "no_d", "no_damping"):
         assert np.all(status[of_case(case, S)] == SOLVED)
     assert np.all(curvature[of_case("hard", S)] < ROUNDING)
+
+
+@pytest.mark.parametrize("S", INSTANCES)
+def test_a_diagonal_curvature_is_solved_without_the_matrix(S, precision):
+    (g, H, d, lam), _ = solved(S)
+    diagonal = np.einsum("nii->ni", H)
+    H = np.einsum("ni,ij->nij", diagonal, np.eye(S, dtype=H.dtype))
+    eta, radius, status = map(np.asarray, jax.jit(jax.vmap(solve_decoupled))(g, diagonal, d, lam))
+    found = status < UNBOUNDED
+    certificate = certify_cubic(*(x[found] for x in (g, H, d, lam)), eta[found], radius[found])
+    assert np.max(certificate.residual) < ROUNDING
+    assert np.min(certificate.curvature) > -ROUNDING
+    assert np.max(certificate.radius) < 4
+    # Single precision overflows in h / d^2 of a few.
+    assert np.mean(status != np.asarray(solve_each(g, H, d, lam).status)) < (0.01 if g.dtype == "float32" else 1e-9)
+    assert np.all(eta[~found] == 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", range(4))
+def test_not_finite_input_of_decoupled_groups_is_told(where, bad):
+    problem = [jnp.ones(2), jnp.ones(2), jnp.ones(2), jnp.ones(())]
+    problem[where] = problem[where].at[(0,) * problem[where].ndim].set(bad)
+    solution = solve_decoupled(*problem)
+    assert solution.status == NOT_FINITE
+    np.testing.assert_array_equal(solution.eta, 0.0)
 
 
 def numerically_singular(S):

@@ -43,17 +43,20 @@ def plain_scales(losses, period=PERIOD):
     scale, window, before = 1.0, [], None
     history = []
     clip = lambda x: min(max(x, FLOOR), 1.0)
-    mean, deviation = None, 0.0
+    mean, deviation, peak = None, 0.0, -math.inf
     for count, loss in enumerate(losses):
         limit = mean + 8 * deviation if deviation > 0 else None
         if not math.isfinite(loss) or (limit is not None and loss > limit):
-            scale, loss = clip(scale * SHRINK), limit
+            height = loss if math.isfinite(loss) else math.inf
+            if height > peak:
+                scale, peak = clip(scale * SHRINK), height
+            loss = limit
         window += [] if loss is None else [loss]
         if count % period == 0 and len(window) >= 5:
             before, mean = mean, sum(window) / len(window)
             deviation = 0.0 if before is None else sum(abs(v - before) for v in window) / len(window)
             scale = clip(scale * (GROW if before is None or mean <= before else SHRINK))
-            window = []
+            window, peak = [], -math.inf
         history.append(scale)
     return np.array(history)
 
@@ -162,10 +165,19 @@ def test_a_spike_shrinks_the_scale_at_once_and_it_recovers(bad):
     assert scale[-1] == 1.0
 
 
-def test_every_step_of_a_long_spike_shrinks():
+def test_a_spike_shrinks_the_scale_again_only_while_it_rises():
     losses = noisy_descent(100)
-    losses[43:47] = 50.0
-    np.testing.assert_allclose(scales(losses)[43:47], SHRINK ** np.arange(1, 5), rtol=1e-6)
+    losses[41:48] = [20.0, 50.0, 50.0, 30.0, 60.0, math.nan, math.inf]
+    np.testing.assert_allclose(scales(losses)[41:48], SHRINK ** np.array([1, 2, 2, 2, 3, 4, 4]), rtol=1e-6)
+
+
+def test_losses_that_are_not_finite_shrink_the_scale_once_a_window():
+    losses = noisy_descent(100)
+    losses[43:48:2] = math.nan
+    losses[53:58:2] = math.nan
+    scale = scales(losses)
+    np.testing.assert_allclose(scale[43:50], SHRINK, rtol=1e-6)
+    np.testing.assert_allclose(scale[53:60], SHRINK * scale[52], rtol=1e-6)
 
 
 def test_a_spike_starts_eight_deviations_above_the_last_window():
@@ -250,7 +262,7 @@ def test_dtypes_and_weak_types_of_the_state_are_kept(x64, value):
     kind = lambda x: (x.shape, x.dtype, x.weak_type)
     for dtype in (jnp.float32, jnp.float64):
         state = progress.start(dtype)
-        assert [x.dtype for x in state] == [dtype] * 3 + [jnp.int32] + [dtype] * 2
+        assert [x.dtype for x in state] == [dtype] * 3 + [jnp.int32] + [dtype] * 3
         for rule in (RULE, weak, gn.success_rule(np.float64(0.5), np.float64(2.0), np.float64(0.1))):
             after = jax.eval_shape(
                 lambda s, rule=rule: progress.close_window(progress.observe(s, loss, rule), rule), state

@@ -667,16 +667,31 @@ def test_frozen_leaves_of_kinds_without_arithmetic_are_left_alone():
     assert damping(params["w"]) == 0.5
 
 
-def test_a_refresh_whose_step_would_be_gross_shrinks_that_step():
-    """The loss has no value beyond -1/2; the rate is 1, and the step's loss was fine."""
+@pytest.mark.parametrize(("edge", "halvings"), [(0.8, (1, 1)), (0.4, (2, 1)), (0.1, (4, 3))])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_refresh_whose_step_would_be_gross_halves_its_rates_at_once(edge, halvings, scaled):
+    """The loss has no value beyond -edge; the rate is 1, and the step's loss was fine."""
+    loss = lambda p: jnp.where(p < -edge, jnp.nan, p + p**2 / 2)
+    rule, scale, rate = (gn.success_rule() if scaled else None), (0.7 if scaled else 1.0), 0.5 ** halvings[scaled]
+    tx = gn.scale_by_grouped_newton(internal_damping=gn.adaptive_damping(), refresh_every=4, scale_rule=rule)
+    update = jax.jit(lambda u: tx.update(u, tx.init(jnp.zeros(())), jnp.zeros(()), value_fn=loss, value=1.0))
+    step, state = update(jnp.ones(()))
+    assert state.damping == 4
+    np.testing.assert_allclose([step, state.eta[0]], [scale * rate, rate], rtol=8 * EPS)
+    assert not np.isnan(loss(-step))
+    # A direction that isn't finite makes no step, so there is nothing to halve.
+    assert update(jnp.full((), jnp.nan))[1].damping == 1
+
+
+def test_a_refresh_whose_step_would_be_gross_shrinks_the_next_ones():
     loss = lambda p: jnp.where(p < -0.5, jnp.nan, p + p**2 / 2)
     tx = gn.scale_by_grouped_newton(
         internal_damping=gn.adaptive_damping(), refresh_every=2, scale_rule=gn.success_rule()
     )
     step = lambda state, _: tx.update(jnp.ones(()), state, jnp.zeros(()), value_fn=loss, value=1.0)[::-1]
     state, updates = jax.jit(lambda: lax.scan(step, tx.init(jnp.zeros(())), length=4))()
-    np.testing.assert_allclose(updates, [0.7, 0.7, 0.49, 0.49], rtol=8 * EPS)
-    np.testing.assert_array_equal((state.eta[0], state.damping, state.rejected), (1, 16, 0))
+    np.testing.assert_allclose(updates, [0.35, 0.35, 0.245, 0.245], rtol=8 * EPS)
+    np.testing.assert_array_equal((state.eta[0], state.damping, state.rejected), (0.5, 16, 0))
 
 
 def log_cosh(params):
