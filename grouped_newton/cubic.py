@@ -292,7 +292,7 @@ def _refined(eta, g, H, d, kappa, j):
 
 
 def _bisect(is_below_root, dtype, largest):
-    """The largest float in (0, largest) below the root, bisected on its bits; and whether the root is below them all."""
+    """The largest float in (0, largest) below the root, by bisecting its bits; and whether the root is below all."""
     info, bits_type = _float_layout(dtype)
     to_bits = lambda x: lax.bitcast_convert_type(jnp.asarray(x, dtype), bits_type)
     to_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
