@@ -40,6 +40,10 @@ def no_value(**options):
     return optax.GradientTransformationExtraArgs(tx.init, lambda *a, value=None, **kw: tx.update(*a, **kw))
 
 
+def to_zero(steps, **options):
+    return gn.grouped_newton(optax.cosine_decay_schedule(1.0, steps), **options)
+
+
 class Variant:
     """gn.grouped_newton with some options; ``curvature`` as in training.run."""
 
@@ -52,6 +56,9 @@ VARIANTS = {
     "edge factor 1.0": Variant(rates=gn.edge_rates(1.0)),
     "edge factor 1.5": Variant(rates=gn.edge_rates(1.5)),
     "edge factor 1.95": Variant(rates=gn.edge_rates(1.95)),
+    "cosine to 0, edge factor 1.5": Variant(to_zero, rates=gn.edge_rates(1.5)),
+    "cosine to 0, edge factor 1.8": Variant(to_zero),
+    "cosine to 0, edge factor 1.95": Variant(to_zero, rates=gn.edge_rates(1.95)),
     "the paper's rule, `cubic_rates()`": Variant(rates=gn.cubic_rates()),
     "no coupling between groups": Variant(rates=edge_of(without_coupling)),
     "the latest summary alone": Variant(summary_decay=0.0),

@@ -143,7 +143,8 @@ def solve_decoupled(gbar: Any, h: Any, d: Any, internal_damping: Any) -> CubicSo
       eta_s = g_s / (h_s + mu d_s^2),   mu = kappa ||D eta|| >= pole = max(0, max_s -h_s / d_s^2)
 
     The root is measured from the pole, where every denominator is a sum of
-    non-negative terms, known to a rounding error of h_s.
+    non-negative terms, known to a rounding error of h_s. Where h / d^2 overflows it is
+    UNBOUNDED.
     """
     dtype = jnp.result_type(gbar, h, d, jnp.float32)
     g, h, d, lam = (jnp.asarray(x).astype(dtype) for x in (gbar, h, d, internal_damping))

@@ -6,7 +6,8 @@
 
 A window closes at a refresh. A value over window_mean + 8 deviation is a spike: it
 counts as that limit, and the scale shrinks at once if it is the highest of its window.
-A value that isn't finite is above all others.
+A value that isn't finite is above all others; before there is a deviation it doesn't
+count, and a window without values doesn't close.
 """
 
 from collections.abc import Callable

@@ -110,7 +110,8 @@ def scale_by_grouped_newton(
     Args:
       groups: a grouping, see :mod:`grouped_newton.groups`; per tensor by default.
       internal_damping: lambda >= 0, without unit, a schedule of the step, or
-        :func:`adaptive_damping`, which evaluates the loss once more per refresh.
+        :func:`adaptive_damping`, which evaluates the loss once more per refresh, and
+        halves rates at once that are grossly too large.
       refresh_every: steps between two summaries, at least 1, or a schedule of the
         step such as :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
@@ -218,13 +219,14 @@ def scale_by_grouped_newton(
             elif scale_rule:
                 progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
             if adaptive:
+                # Without a finite direction no step is made; without a finite summary nothing is known of the rates.
+                judged = finite & (state.status != CubicStatus.NOT_FINITE)
 
                 def trial(eta, scale):
                     eta = used(eta, scale)
                     after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
                     error = _rates.model_error(summary, eta, after)
-                    # No step is made along a direction that isn't finite, and none is judged.
-                    return error._replace(reliable=error.reliable & finite, gross=error.gross & finite)
+                    return error._replace(reliable=error.reliable & judged, gross=error.gross & judged)
 
                 error = trial(state.eta, progress.scale)
                 if scale_rule:
@@ -278,7 +280,9 @@ def grouped_newton(
     the parameters to evaluate at, ``eval_params(state, params)``. Pass ``value``, the
     loss of the step, to ``update``: the scale reacts sooner and to spikes.
 
-    The direction keeps its state, and the step is zero, where a gradient isn't finite.
+    The direction keeps its state, and the step is zero, where a gradient isn't finite, or so
+    large that the sum of its squares overflows. What a direction makes of other gradients is
+    kept, so it has to stay finite.
 
     Args:
       learning_rate: a factor on all computed rates, or a schedule of the step;
@@ -373,13 +377,18 @@ def _kept_when_not_finite(direction, groups, axis_name):
             leaves, treedef = jax.tree.flatten(updates)
             pairs = zip(leaves, partition.index, strict=True)
             updates = treedef.unflatten([u if g < 0 else jnp.full_like(u, jnp.nan) for u, g in pairs])
-            cast = lambda x, kind: x if jnp.result_type(x) == kind.dtype else jnp.asarray(x).astype(kind.dtype)
-            return jax.tree.map(cast, (updates, state), kinds)
+            return jax.tree.map(_like, (updates, state), kinds)
 
         # A branch, so that what is kept costs no pass over the state where all is well.
         return lax.cond(fine, advance, keep, updates, state)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
+
+
+def _like(x, kind):
+    x = x if jnp.result_type(x) == kind.dtype else jnp.asarray(x).astype(kind.dtype)
+    axes = placement.varying_axes(kind)
+    return placement.vary(x, axes) if axes else x
 
 
 def _in_a_group(groups, params):

@@ -683,6 +683,24 @@ def test_a_refresh_whose_step_would_be_gross_halves_its_rates_at_once(edge, halv
     assert update(jnp.full((), jnp.nan))[1].damping == 1
 
 
+def test_a_summary_that_is_not_finite_leaves_rates_damping_and_scale_as_they_were():
+    tx = gn.scale_by_grouped_newton(
+        internal_damping=gn.adaptive_damping(), refresh_every=1, scale_rule=gn.success_rule()
+    )
+    loss = lambda p, factor: factor * (p + p**2 / 2)
+
+    def step(state, factor):
+        state = tx.update(jnp.ones(()), state, jnp.zeros(()), value_fn=lambda p: loss(p, factor), value=0.0)[1]
+        return state, state
+
+    states = jax.jit(lambda f: lax.scan(step, tx.init(jnp.zeros(())), f))(jnp.array([1.0, jnp.nan, jnp.inf, jnp.nan]))[
+        1
+    ]
+    np.testing.assert_array_equal(states.rejected, [0, 1, 2, 3])
+    for field in (states.eta[:, 0], states.scale, states.damping):
+        np.testing.assert_array_equal(field, 1.0)
+
+
 def test_a_refresh_whose_step_would_be_gross_shrinks_the_next_ones():
     loss = lambda p: jnp.where(p < -0.5, jnp.nan, p + p**2 / 2)
     tx = gn.scale_by_grouped_newton(
