@@ -67,12 +67,13 @@ CONFIGURATIONS = {
     "alias, frozen part, averaging": alias(groups={"stem": FROZEN, "head": 0, "tail": 1}, averaging=0.5),
 }
 every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
-# Optax's own line search has weak types in its state, so it compiles twice, and refuses keywords.
 # Where each case compiles a program of its own: one of each kind of rule, damping and averaging.
 of_each_kind = pytest.mark.parametrize(
     "name", ["one group", "callable, scheduled damping", "after Adam, adaptive damping, scale rule", "alias"]
 )
+# Optax's own line search has weak types in its state, so it compiles twice, and refuses keywords.
 without_line_search = pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if "line search" not in name])
+since_optax_0_2_7 = pytest.mark.skipif(not hasattr(optax, "monitor"), reason="new in optax 0.2.7")
 
 
 def transform(name):
@@ -165,7 +166,7 @@ def test_unknown_keywords_are_ignored(name):
     jax.eval_shape(update_with(tx, params, no_such_argument=object()), tx.init(params))
 
 
-@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="since optax 0.2.7")
+@since_optax_0_2_7
 def test_optax_line_search_refuses_unknown_keywords():
     tx, params = transform("before a line search"), three_modules([jnp.float32] * 3)
     with pytest.raises(TypeError, match="no_such_argument"):
@@ -445,7 +446,7 @@ def test_reduce_on_plateau_after_ours():
     assert state[1].scale[-1] < state[1].scale[0]
 
 
-@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="new in optax 0.2.7")
+@since_optax_0_2_7
 def test_monitor_after_ours():
     measured = {"norm": optax.tree.norm}
     tx = optax.chain(quick(), optax.monitor(measured))

@@ -693,9 +693,8 @@ def test_a_summary_that_is_not_finite_leaves_rates_damping_and_scale_as_they_wer
         state = tx.update(jnp.ones(()), state, jnp.zeros(()), value_fn=lambda p: loss(p, factor), value=0.0)[1]
         return state, state
 
-    states = jax.jit(lambda f: lax.scan(step, tx.init(jnp.zeros(())), f))(jnp.array([1.0, jnp.nan, jnp.inf, jnp.nan]))[
-        1
-    ]
+    factors = jnp.array([1.0, jnp.nan, jnp.inf, jnp.nan])
+    states = jax.jit(lambda: lax.scan(step, tx.init(jnp.zeros(())), factors)[1])()
     np.testing.assert_array_equal(states.rejected, [0, 1, 2, 3])
     for field in (states.eta[:, 0], states.scale, states.damping):
         np.testing.assert_array_equal(field, 1.0)
