@@ -260,28 +260,32 @@ def _append(path, record):
 # Timing
 
 
-def measure(task: Task, optimizers: dict[str, tuple[Callable, Any]], rounds: int = 7, block: int = 30):
-    """Median seconds a step of each optimizer's first setting, and of the bare gradient, taken in turns.
+def measure(task: Task, optimizers: dict[str, tuple[Callable, Any]], rounds: int = 5, steps: int | None = None):
+    """Median seconds a step of each optimizer's first setting over a whole run, and of the bare gradient, in turns.
 
-    ``block`` should be a multiple of every refresh period.
+    Whole runs, because what a step costs may depend on how far the run is. ``steps`` are the task's by default.
     """
+    steps = steps or task.steps
     batch = task.train if task.batch_size is None else _first_rows(task.batch_size)(task.train)
     gradient = jax.jit(jax.value_and_grad(task.loss))
     params = task.init(jax.random.key(0))
-    carries, steps = {"gradient": gradient(params, batch)}, {"gradient": lambda _: gradient(params, batch)}
+    begin = {"gradient": lambda: (None, lambda _: gradient(params, batch))}
     for name, (make, settings) in optimizers.items():
         if name in FULL_BATCH_ONLY and task.batch_size is not None:
             continue
         hypers = settings if isinstance(settings, dict) else settings[0]
-        carries[name], steps[name] = prepare(task, make, hypers, 0, curvature=0 if name in OWN_BATCH else 1)
-    times = {name: [] for name in steps}
+        curvature = 0 if name in OWN_BATCH else 1
+        begin[name] = functools.partial(prepare, task, make, hypers, 0, curvature=curvature)
+    times = collections.defaultdict(list)
     for _ in range(rounds + 1):  # the first round compiles
-        for name, step in steps.items():
+        for name in begin:
+            carry, step = begin[name]()
+            jax.block_until_ready(carry)
             start = time.perf_counter()
-            for _ in range(block):
-                carries[name] = step(carries[name])
-            jax.block_until_ready(carries[name])
-            times[name].append((time.perf_counter() - start) / block)
+            for _ in range(steps):
+                carry = step(carry)
+            jax.block_until_ready(carry)
+            times[name].append((time.perf_counter() - start) / steps)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 

@@ -76,12 +76,6 @@ def in_parts(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
     return vary(x / math.prod(map(lax.axis_size, missing)), missing) if missing else x
 
 
-def everywhere(flag: jax.Array, axis_name: Hashable | tuple | None) -> jax.Array:
-    """Whether a flag is true on all devices: each may hold its own part of the parameters."""
-    names = names_of(axis_name)
-    return lax.pmin(flag.astype(jnp.int32), names) == 1 if names else flag
-
-
 def mean(x: jax.Array, axis_name: Hashable | tuple | None) -> jax.Array:
     """The mean over the devices; of a number that is the same on all, that number."""
     names = names_of(axis_name)

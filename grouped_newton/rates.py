@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.cubic import CubicSolution, CubicStatus, norm, solve_cubic, solve_decoupled
+from grouped_newton.cubic import CubicSolution, CubicStatus, all_finite, norm, solve_cubic, solve_decoupled, total
 from grouped_newton.summary import Summary
 
 RateRule = Callable[[Summary, Any], CubicSolution]
@@ -56,13 +56,13 @@ class EdgeRates:
         radius = norm(d * e)
         sigma, kappa = jnp.asarray(self.factor, e.dtype), jnp.asarray(lam, e.dtype) / 2
         # The model along the ray, stretched: its derivative at alpha is -a1 + a2 alpha + a3 alpha^2.
-        a1 = jnp.vdot(gbar, e, precision="highest")
-        a2 = jnp.vdot(e, jnp.matmul(hbar, e, precision="highest"), precision="highest") / sigma
+        a1 = total(gbar * e)
+        a2 = _quadratic_form(hbar, e) / sigma
         a3 = kappa / sigma**2 * radius * radius * radius  # from the left: radius^3 overflows first
         alpha, bounded = _positive_root(a1, a2, a3)
         eta = alpha * e
-        numbers_fine = jnp.all(jnp.isfinite(hbar)) & (shape.status != CubicStatus.NOT_FINITE)
-        bounded = bounded & (shape.status != CubicStatus.UNBOUNDED) & jnp.all(jnp.isfinite(eta))
+        numbers_fine = all_finite(hbar) & (shape.status != CubicStatus.NOT_FINITE)
+        bounded = bounded & (shape.status != CubicStatus.UNBOUNDED) & all_finite(eta)
         status = jnp.where(bounded, shape.status, CubicStatus.UNBOUNDED)
         status = jnp.where(numbers_fine, status, CubicStatus.NOT_FINITE)
         found = status < CubicStatus.UNBOUNDED
@@ -145,8 +145,8 @@ def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> Mode
       A :class:`ModelError`. The quotient isn't reliable where the curvature term
       isn't positive or the decrease is within 16 units of rounding of the loss.
     """
-    slope = jnp.vdot(summary.gbar, eta, precision="highest")
-    curvature = jnp.vdot(eta, jnp.matmul(summary.hbar, eta, precision="highest"), precision="highest") / 2
+    slope = total(summary.gbar * eta)
+    curvature = _quadratic_form(summary.hbar, eta) / 2
     excess = (slope - curvature) - (summary.loss - loss_after.astype(eta.dtype))
     # A loss in half precision is rounded there, whatever holds it here.
     eps = max(jnp.finfo(loss_after.dtype).eps, jnp.finfo(eta.dtype).eps)
@@ -242,6 +242,10 @@ def _positive_root(a1, a2, a3):
     from_above = (root - a2) / jnp.where(a3 > 0, 2 * a3, 1)
     alpha = jnp.where(a2 > 0, from_below, from_above)
     return jnp.where(descends & bounded, alpha, 0), bounded
+
+
+def _quadratic_form(hbar, eta):
+    return total(hbar * eta[:, None] * eta[None])
 
 
 def _scale_of_cubic(summary):

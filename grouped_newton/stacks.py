@@ -1,5 +1,6 @@
 """Stacks of tangents: one array per value, a row for every group that has reached it."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from grouped_newton import placement
+
+_SHORT = 1 << 15
 
 
 class Stack(NamedTuple):
@@ -88,7 +91,12 @@ def gram(x, y):
 def inner(x, y):
     """<x_s, y_s> for all s, accumulated in at least float32."""
     dtype = wide(jnp.promote_types(x.dtype, y.dtype))
-    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=tuple(range(1, x.ndim))).real
+    products = x.astype(dtype) * y.astype(dtype)
+    if products.size <= _SHORT and not placement.on_a_mesh(x, y):
+        # A matrix product: on the CPU XLA pays for each reduction at every call, see cubic.folded.
+        ones = jnp.ones((math.prod(x.shape[1:]), 2), dtype)
+        return jnp.matmul(products.reshape(len(x), -1), ones, precision=lax.Precision.HIGHEST)[:, 0].real
+    return jnp.sum(products, axis=tuple(range(1, x.ndim))).real
 
 
 def placed(stack, num_groups, dtype):

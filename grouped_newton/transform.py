@@ -15,7 +15,7 @@ from grouped_newton import placement
 from grouped_newton import progress as _progress
 from grouped_newton import rates as _rates
 from grouped_newton.averaging import average_params
-from grouped_newton.cubic import CubicStatus
+from grouped_newton.cubic import CubicStatus, all_finite, total
 from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
 
 _MOST_HALVINGS = 10
@@ -42,8 +42,8 @@ class GroupedNewtonState(NamedTuple):
       rejected: refreshes that changed no rate, for want of finite numbers or of
         a minimiser, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
-      window_sum, window_spread, window_count, window_peak, window_mean, deviation:
-        losses that the scale rule judges by, see :mod:`grouped_newton.progress`, ().
+      window: sum, spread, count, peak, last mean and deviation of the losses that
+        the scale rule judges by, see :mod:`grouped_newton.progress`, (6,).
     """
 
     count: jax.Array
@@ -60,12 +60,7 @@ class GroupedNewtonState(NamedTuple):
     refreshes: jax.Array
     rejected: jax.Array
     uphill: jax.Array
-    window_sum: jax.Array
-    window_spread: jax.Array
-    window_count: jax.Array
-    window_peak: jax.Array
-    window_mean: jax.Array
-    deviation: jax.Array
+    window: jax.Array
 
 
 def scale_by_grouped_newton(
@@ -183,7 +178,7 @@ def scale_by_grouped_newton(
             rejected=integer(0),
             uphill=integer(0),
             **zeros(partition.num_groups, dtype)._asdict(),
-            **_progress.start(dtype)._asdict(),
+            **_progress.pack(_progress.start(dtype)),
         )
 
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
@@ -197,8 +192,7 @@ def scale_by_grouped_newton(
         loss_fn = _with_arguments(value_fn, extra_args)
         value = extra_args.get("value")
         value = None if value is None else placement.mean(value, axis_name)
-        finite = _finite_direction(partition, updates, axis_name)
-        progress = _progress_of(state)
+        progress = _progress.unpack(state.scale, state.window)
         if scale_rule and value is not None:
             progress = _progress.observe(progress, value, scale_rule)
 
@@ -213,14 +207,14 @@ def scale_by_grouped_newton(
                 axis_name=axis_name,
             )
             state = _refreshed(state, summary, damping_at(state), rates, summary_decay)
-            progress = _progress_of(state)
+            progress = _progress.unpack(state.scale, state.window)
             if scale_rule and value is not None:
                 progress = _progress.close_window(progress, scale_rule)
             elif scale_rule:
                 progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
             if adaptive:
-                # Without a finite direction no step is made; without a finite summary nothing is known of the rates.
-                judged = finite & (state.status != CubicStatus.NOT_FINITE)
+                # Without a finite summary nothing is known of the rates.
+                judged = state.status != CubicStatus.NOT_FINITE
 
                 def trial(eta, scale):
                     eta = used(eta, scale)
@@ -228,27 +222,35 @@ def scale_by_grouped_newton(
                     error = _rates.model_error(summary, eta, after)
                     return error._replace(reliable=error.reliable & judged, gross=error.gross & judged)
 
-                error = trial(state.eta, progress.scale)
-                if scale_rule:
-                    shrunk = scale_rule(progress.scale, False).astype(progress.scale.dtype)
-                    progress = progress._replace(scale=jnp.where(error.gross, shrunk, progress.scale))
-                _, eta, _ = lax.while_loop(
-                    lambda loop: loop[2] & (loop[0] < _MOST_HALVINGS),
-                    lambda loop: (loop[0] + 1, loop[1] / 2, trial(loop[1] / 2, progress.scale).gross),
-                    (0, state.eta, error.gross),
+                def halve_if_gross(loop):
+                    trials, eta, scale, _, first = loop
+                    error = trial(eta, scale)
+                    first = jax.tree.map(lambda x, e: jnp.where(trials == 0, e, x), first, error)
+                    if scale_rule:
+                        shrunk = scale_rule(scale, False).astype(scale.dtype)
+                        scale = jnp.where(error.gross & (trials == 0), shrunk, scale)
+                    return trials + 1, jnp.where(error.gross, eta / 2, eta), scale, error.gross, first
+
+                kinds = jax.eval_shape(trial, state.eta, progress.scale)
+                unknown = jax.tree.map(lambda kind: placement.zeros(kind), kinds)
+                _, eta, scale, _, error = lax.while_loop(
+                    lambda loop: loop[3] & (loop[0] < _MOST_HALVINGS),
+                    halve_if_gross,
+                    (0, state.eta, progress.scale, jnp.array(True), unknown),
                 )
+                progress = progress._replace(scale=scale)
                 state = state._replace(
                     eta=eta,
                     damping=adaptive.update(state.damping, error).astype(eta.dtype),
                     model_error=jnp.where(error.reliable, error.quotient, 0),
                 )
             next_refresh = jnp.asarray(refresh_after(state.count), jnp.int32)
-            return state._replace(next_refresh=next_refresh, **progress._asdict())
+            return state._replace(next_refresh=next_refresh, **_progress.pack(progress))
 
-        due = (state.count >= state.next_refresh) | jnp.all(state.eta == 0)
-        state = lax.cond(due, refresh, lambda state: state, state._replace(**progress._asdict()))
+        due = (state.count >= state.next_refresh) | _all_zero(state.eta)
+        state = lax.cond(due, refresh, lambda state: state, state._replace(**_progress.pack(progress)))
         scaled = partition.scale(used(state.eta, state.scale), updates)
-        scaled = jax.tree.map(lambda x: jnp.where(finite & jnp.isfinite(x), x, jnp.zeros_like(x)), scaled)
+        scaled = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), scaled)
         return scaled, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -274,23 +276,24 @@ def grouped_newton(
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
     optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with
-    the defaults that train best untuned: Adam's direction, a group a module,
-    :func:`edge_rates` of a summary every 20 steps averaged over about 130, a damping
-    that follows the model's error, a scale that follows the loss, and an average of
-    the parameters to evaluate at, ``eval_params(state, params)``. Pass ``value``, the
-    loss of the step, to ``update``: the scale reacts sooner and to spikes.
+    the defaults that train best untuned: Adam's direction with a short memory, a
+    group a module, :func:`edge_rates` of a summary every 20 steps averaged over about
+    130, a damping that follows the model's error, a scale that follows the loss, and an
+    average of the parameters to evaluate at, ``eval_params(state, params)``. Pass
+    ``value``, the loss of the step, to ``update``: the scale reacts sooner and to spikes.
+    For a loss without noise, such as that of the full batch, give a direction with more
+    momentum, ``optax.scale_by_adam(b1=0.95, b2=0.95)``.
 
-    The direction keeps its state, and the step is zero, where a gradient isn't finite, or so
-    large that the sum of its squares overflows. What a direction makes of other gradients is
-    kept, so it has to stay finite.
+    Numbers of the gradient that aren't finite, or whose square isn't, count as zeros. What a
+    direction makes of all others is kept, so it has to stay finite.
 
     Args:
       learning_rate: a factor on all computed rates, or a schedule of the step;
         the paper's lambda_1. 1 by default.
       groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
       direction: a transform that makes the direction from the gradient, neither
-        negated nor scaled: ``optax.scale_by_adam()`` (the default), not
-        ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
+        negated nor scaled: ``optax.scale_by_adam(b1=0.8, b2=0.95)`` (the default),
+        not ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
         negated direction gets negative rates: nothing moves unless
         ``nonnegative=False``, and the state's ``uphill`` counts.
       internal_damping: lambda >= 0, without unit, a schedule of the step, or
@@ -326,23 +329,24 @@ def grouped_newton(
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      ...     value, grads = jax.value_and_grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params, value=value, value_fn=loss)
       ...     return optax.apply_updates(params, updates), state
       >>> for _ in range(200):
       ...     params, state = step(params, state)
-      >>> bool(loss(params) < 1e-3)
+      >>> bool(loss(gn.eval_params(state, params)) < 1e-3)
       True
 
     References:
       P. Wolinski, arXiv 2312.03885.
     """
-    direction = optax.scale_by_adam() if direction is None else direction
+    direction = optax.scale_by_adam(b1=0.8, b2=0.95) if direction is None else direction
     if not isinstance(direction, optax.GradientTransformation):
         raise TypeError(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
     transforms = [
-        _kept_when_not_finite(direction, groups, axis_name),
+        _of_fine_numbers(direction, groups),
         scale_by_grouped_newton(
             groups,
             internal_damping=internal_damping,
@@ -362,58 +366,28 @@ def grouped_newton(
     return optax.chain(*transforms)
 
 
-def _kept_when_not_finite(direction, groups, axis_name):
-    """The direction, NaN and with its state as it was where the gradient or its squares aren't finite."""
+def _of_fine_numbers(direction, groups):
+    """The direction of a gradient whose bad numbers are zeros; elementwise, so that it costs no pass of its own."""
     direction = optax.with_extra_args_support(direction)
 
     def update(updates, state, params=None, **extra_args):
-        partition = _resolve(groups, updates)
-        # A huge gradient overflows in Adam's second moment.
-        fine = _squares_are_finite(partition, updates, axis_name)
-        advance = lambda updates, state: direction.update(updates, state, params, **extra_args)
-        kinds = jax.eval_shape(advance, updates, state)
-
-        def keep(updates, state):
-            leaves, treedef = jax.tree.flatten(updates)
-            pairs = zip(leaves, partition.index, strict=True)
-            updates = treedef.unflatten([u if g < 0 else jnp.full_like(u, jnp.nan) for u, g in pairs])
-            return jax.tree.map(_like, (updates, state), kinds)
-
-        # A branch, so that what is kept costs no pass over the state where all is well.
-        return lax.cond(fine, advance, keep, updates, state)
+        leaves, treedef = jax.tree.flatten(updates)
+        pairs = zip(leaves, _resolve(groups, updates).index, strict=True)
+        updates = treedef.unflatten([u if g < 0 else _without_bad_numbers(jnp.asarray(u)) for u, g in pairs])
+        return direction.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
-def _like(x, kind):
-    x = x if jnp.result_type(x) == kind.dtype else jnp.asarray(x).astype(kind.dtype)
-    axes = placement.varying_axes(kind)
-    return placement.vary(x, axes) if axes else x
+def _without_bad_numbers(x):
+    # An adaptive direction keeps squares.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(jnp.isfinite(wide * wide), x, jnp.zeros_like(x))
 
 
 def _in_a_group(groups, params):
     leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten([g >= 0 for g in _resolve(groups, params).index]) if leaves else params
-
-
-def _finite_direction(partition, updates, axis_name):
-    """Whether every number is finite in the leaves that have a group; a wrong number of leaves is told by summarize."""
-    own = [u for u, g in zip(jax.tree.leaves(updates), partition.index, strict=False) if g >= 0]
-    return placement.everywhere(_all_finite(own), axis_name)
-
-
-def _squares_are_finite(partition, gradient, axis_name):
-    """Whether the gradient's squares are finite, as an adaptive direction keeps them; dot products are fast."""
-    leaves = zip(jax.tree.leaves(gradient), partition.index, strict=False)
-    squares = [_sum_of_squares(jnp.asarray(g)) for g, group in leaves if group >= 0]
-    return placement.everywhere(jnp.isfinite(sum(squares, jnp.zeros(()))), axis_name)
-
-
-def _sum_of_squares(x):
-    axes = tuple(range(x.ndim))
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    contracted = ((axes, axes), ((), ()))
-    return lax.dot_general(x, x, contracted, preferred_element_type=dtype, out_sharding=placement.whole(x))
 
 
 def _moved(partition, params, steps):
@@ -430,7 +404,7 @@ def _refreshed(state, summary, damping, rates, summary_decay):
     damping = jnp.asarray(damping).astype(dtype)
     before = Summary(state.loss, state.gbar, state.hbar, state.third)
     summary = jax.tree.map(lambda x, old: x.astype(old.dtype), summary, before)
-    finite = _all_finite((summary, damping))
+    finite = all_finite(*summary, damping)
     refreshes = state.refreshes + finite.astype(jnp.int32)
     after = running_average(before, summary, summary_decay, jnp.maximum(refreshes, 1))
     average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
@@ -439,10 +413,10 @@ def _refreshed(state, summary, damping, rates, summary_decay):
     outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
     eta, found = outcome(solution)
     if not isinstance(rates, _rates.EdgeRates):
-        fall_back = jnp.all(state.eta == 0) & (solution.status == CubicStatus.UNBOUNDED)
+        fall_back = _all_zero(state.eta) & (solution.status == CubicStatus.UNBOUNDED)
         edge = lambda: outcome(_rates.edge_rates()(average, damping))
         eta, found = lax.cond(fall_back, edge, lambda: (eta, found))
-    accepted = finite & found & _all_finite(eta)
+    accepted = finite & found & all_finite(eta)
     status = jnp.where(finite, solution.status, CubicStatus.NOT_FINITE)
     return state._replace(
         eta=jnp.where(accepted, eta, state.eta),
@@ -450,19 +424,13 @@ def _refreshed(state, summary, damping, rates, summary_decay):
         status=status.astype(jnp.int32),
         refreshes=refreshes,
         rejected=state.rejected + ~accepted,
-        uphill=state.uphill + (finite & (jnp.sum(summary.gbar) < 0)),
+        uphill=state.uphill + (finite & (total(summary.gbar) < 0)),
         **average._asdict(),
     )
 
 
-def _progress_of(state):
-    return _progress.Progress(*(getattr(state, name) for name in _progress.Progress._fields))
-
-
-def _all_finite(tree):
-    """Whether every number is finite; 0 x is NaN where x isn't, and sums are faster than conjunctions."""
-    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.stack([jnp.sum(0 * x) == 0 for x in floating] or [jnp.array(True)]).all()
+def _all_zero(eta):
+    return total(jnp.abs(eta)) == 0
 
 
 def _resolve(groups, params):

@@ -595,10 +595,10 @@ def test_training_survives_faults_counts_them_and_ends_as_well(kind):
     # Clean runs of other seeds show what noise does.
     assert losses[k] < 1.5 * np.max(losses[clean])
     assert hits >= 3
-    not_finite = ("gradient NaN", "gradient inf", "curvature NaN", "curvature inf", "everything NaN", "huge batch")
+    not_finite = ("curvature NaN", "curvature inf", "everything NaN", "huge batch")
     if kind in not_finite:
         assert hits - 1 <= int(state.rejected) <= hits + 3
     elif kind == "no minimiser":
         assert int(state.uphill) >= hits - 1
-    elif kind in ("none", "value NaN", "value inf", "another curvature loss"):
+    elif kind in ("none", "value NaN", "value inf", "gradient NaN", "gradient inf", "another curvature loss"):
         assert int(state.rejected) == 0

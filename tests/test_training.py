@@ -23,14 +23,14 @@ FEW = {name: training.OPTIMIZERS[name] for name in ("adam", "schedule-free adamw
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("training") / "results.jsonl"
     training.sweep(TWO, FEW, [0], path, steps=30, checkpoints=3)
-    training.time_steps(TWO[:1], FEW, path, rounds=1, block=10)
+    training.time_steps(TWO[:1], FEW, path, rounds=1, steps=10)
     return path
 
 
 def test_every_run_is_kept_once(results):
     records = training.read([results])
     training.sweep(TWO, FEW, [0], results, steps=30, checkpoints=3)
-    training.time_steps(TWO[:1], FEW, results, rounds=1, block=10)
+    training.time_steps(TWO[:1], FEW, results, rounds=1, steps=10)
     assert training.read([results]) == records
     settings = sum(len(grid) for _, grid in FEW.values())
     assert len([r for r in records if r["kind"] == "run"]) == len(TWO) * settings

@@ -359,7 +359,7 @@ def test_adapted_damping_and_scale_equal_those_of_a_hand_written_loop(groups, ra
         now = at(state, k)
         assert now.refreshes == refreshes
         assert_close((now.eta, now.damping), (eta, lam), rtol=tolerance, atol=tolerance * np.max(np.abs(eta)))
-        assert_close([getattr(now, name) for name in seen._fields], list(seen), rtol=tolerance)
+        assert_close(list(progress.unpack(now.scale, now.window)), list(seen), rtol=tolerance)
         # A difference of losses over one term.
         np.testing.assert_allclose(now.model_error, jnp.where(error.reliable, error.quotient, 0), rtol=0.01, atol=1e-3)
         factor = learning_rate * seen.scale * np.maximum(eta, 0)
@@ -482,10 +482,15 @@ def test_a_damping_that_is_not_finite_is_kept_out():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_direction_that_is_not_finite_gives_a_zero_step(bad):
-    """At a refresh (0, 4) and between (2)."""
+    """At a refresh (0, 4) and between (2); numbers beside it make their step between refreshes."""
     updates, state = run_polynomial(6, refresh_every=4, u=[bad, 1.0, bad, 1.0, bad, 1.0])
     np.testing.assert_allclose(updates, [0, 0.5, 0, 0.5, 0, 0.5], rtol=8 * EPS)
     np.testing.assert_array_equal(state.rejected, [1, 1, 1, 1, 2, 2])
+    loss, tx = lambda p: jnp.sum(p**2), gn.scale_by_grouped_newton(gn.groups.single)
+    params = jnp.ones(2)
+    _, state = tx.update(params, tx.init(params), params, value_fn=loss)
+    updates, _ = tx.update(jnp.array([bad, 1.0]), state, params, value_fn=loss)
+    np.testing.assert_allclose(updates, [0, 1], rtol=8 * EPS)
 
 
 def test_a_zero_direction_gives_a_zero_step_and_a_refresh_at_the_next():
@@ -599,41 +604,32 @@ def test_training_starts_and_goes_on(problem, make):
 
 
 @jax.jit
-def run_with_bad_gradients(params, batches, bad):
-    """The recipe from start to end; ``bad`` is added to one number of the gradient of each step."""
+def run_with_one_number_of_the_gradient(params, batches, at_step, number):
+    """The recipe from start to end; the number is 0 or another one."""
     tx = gn.grouped_newton()
 
-    def step(carry, batch_and_bad):
-        (params, state), (batch, bad) = carry, batch_and_bad
+    def step(carry, batch):
+        params, state = carry
         value, grads = jax.value_and_grad(tanh_loss)(params, batch)
-        grads["out"]["w"] = grads["out"]["w"].at[1, 0].add(bad)
+        own = grads["out"]["w"][1, 0]
+        there = state[1].count == at_step
+        grads["out"]["w"] = grads["out"]["w"].at[1, 0].set(jnp.where(there, number, own))
         updates, state = tx.update(grads, state, params, value_fn=lambda p: tanh_loss(p, batch), value=value)
         params = optax.apply_updates(params, updates)
         return (params, state), (params, state)
 
-    return lax.scan(step, (params, tx.init(params)), (batches, bad))[1]
+    return lax.scan(step, (params, tx.init(params)), batches)[1]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("k", [11, 20], ids=["at a refresh", "between"])
-def test_a_gradient_that_is_not_finite_is_skipped_and_training_goes_on(k, bad):
-    batches = regression_batches(60)
-    trained, state = run_with_bad_gradients(tanh_params(), batches, jnp.where(jnp.arange(60) == k, bad, 0.0))
-    assert_finite((trained, state))
-    kept = lambda tree: assert_equal(at(tree, k), at(tree, k - 1))
-    kept((trained, state[0]))
-    ours = only_grouped_newton(state)
-    kept((ours.eta, ours.gbar, ours.hbar, ours.third, ours.refreshes, ours.damping))
-    np.testing.assert_array_equal(np.diff(ours.rejected)[k - 1 :], [k == 11] + [0] * (60 - k - 1))
-    # The average takes the params of the step in, which are those of the step before.
-    before, after = (gn.eval_params(at(state, i), at(trained, i)) for i in (k - 1, k))
-    expected = jax.tree.map(lambda a, p: a + (p - a) / (1 + 0.1 * k), before, at(trained, k))
-    assert_close(after, expected, rtol=8 * EPS, atol=8 * EPS)
-    moments, now = (jax.tree.leaves(at(state[0], i)) for i in (k, k + 1))
-    assert not any(np.array_equal(a, b) for a, b in zip(moments, now, strict=True))
-    everything = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches)
-    end = gn.eval_params(at(state, -1), at(trained, -1))
-    assert tanh_loss(end, everything) < 0.8 * tanh_loss(at(trained, k), everything)
+@pytest.mark.parametrize("k", [0, 11, 20], ids=["first step", "at a refresh", "between"])
+def test_a_number_of_the_gradient_that_is_not_finite_or_has_no_square_counts_as_zero(k):
+    batches = regression_batches(40)
+    run = lambda number: run_with_one_number_of_the_gradient(tanh_params(), batches, k, number)
+    expected = run(0.0)
+    for bad in (math.nan, math.inf, -math.inf, 2e19):
+        assert_equal(run(bad), expected)
+    assert_finite(expected)
+    assert not np.array_equal(run(1e19)[0]["out"]["w"][k], expected[0]["out"]["w"][k])
 
 
 def test_a_frozen_leaf_whose_gradient_is_not_finite_changes_nothing():
@@ -741,7 +737,9 @@ def test_the_recipe_trains_on_the_whole_data_where_fixed_damping_goes_nowhere():
 @pytest.mark.parametrize("given", [True, False], ids=["losses given", "losses at refreshes"])
 def test_a_bad_step_shrinks_the_scale_and_it_recovers_and_training_ends_well(given):
     """At step 60 all params are tripled, as by a step far too long."""
-    tx, params = gn.grouped_newton(refresh_every=gn.growing_period(5)), tanh_params()
+    # A direction whose length falls with the gradient's: others keep the loss, and so the scale, from settling.
+    tx = gn.grouped_newton(direction=optax.scale_by_adam(b2=0.999), refresh_every=gn.growing_period(5))
+    params = tanh_params()
     batch = jax.tree.map(lambda x: x.reshape(64, -1), regression_batches(4))
     value_fn = lambda p: tanh_loss(p, batch)
 
@@ -1020,12 +1018,13 @@ def test_the_optimizer_equals_the_chain_made_by_hand():
         scale_rule=gn.success_rule(),
     )
     last = optax.scale_by_learning_rate(1.0), gn.average_params(0.1)
-    by_hand = optax.chain(optax.scale_by_adam(), transform, *last)
+    by_hand = optax.chain(optax.scale_by_adam(b1=0.8, b2=0.95), transform, *last)
     params, batches = tanh_params(), regression_batches(12)
     expected = jax.jit(functools.partial(train, by_hand, tanh_loss))(params, batches)
     trained, state, updates = recipe_run(params, batches)
-    assert_equal((trained, updates, state[:3]), (expected[0], expected[2], expected[1][:3]))
-    assert_equal(gn.eval_params(state, trained), gn.eval_params(expected[1], trained))
+    close = functools.partial(assert_close, rtol=1e3 * EPS, atol=1e3 * EPS)  # two differently fused programs
+    close((trained, updates, state[:3]), (expected[0], expected[2], expected[1][:3]))
+    close(gn.eval_params(state, trained), gn.eval_params(expected[1], trained))
 
 
 def test_the_optimizer_hands_every_argument_on():
