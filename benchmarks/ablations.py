@@ -45,10 +45,14 @@ def to_zero(steps, **options):
 
 
 class Variant:
-    """gn.grouped_newton with some options; ``curvature`` as in training.run."""
+    """gn.grouped_newton with some options; ``curvature`` as in training.run: the gradient's own batch by default."""
 
-    def __init__(self, make=gn.grouped_newton, curvature=1, **options):
+    def __init__(self, make=gn.grouped_newton, curvature=0, **options):
         self.make, self.curvature = functools.partial(make, **options), curvature
+
+
+def directed(b1, b2, **options):
+    return Variant(direction=optax.scale_by_adam(b1=b1, b2=b2, **options))
 
 
 VARIANTS = {
@@ -56,7 +60,6 @@ VARIANTS = {
     "edge factor 1.0": Variant(rates=gn.edge_rates(1.0)),
     "edge factor 1.5": Variant(rates=gn.edge_rates(1.5)),
     "edge factor 1.95": Variant(rates=gn.edge_rates(1.95)),
-    "cosine to 0, edge factor 1.5": Variant(to_zero, rates=gn.edge_rates(1.5)),
     "cosine to 0, edge factor 1.8": Variant(to_zero),
     "cosine to 0, edge factor 1.95": Variant(to_zero, rates=gn.edge_rates(1.95)),
     "the paper's rule, `cubic_rates()`": Variant(rates=gn.cubic_rates()),
@@ -67,21 +70,23 @@ VARIANTS = {
     "a refresh every 20 from the start": Variant(refresh_every=20),
     "`growing_period(10)`": Variant(refresh_every=gn.growing_period(10)),
     "`growing_period(40)`": Variant(refresh_every=gn.growing_period(40)),
-    "curvature on the gradient's batch": Variant(curvature=0),
-    "curvature on four batches": Variant(curvature=4),
+    "curvature on another batch": Variant(curvature=1),
     "a group a tensor": Variant(groups=gn.groups.per_tensor),
     "one group": Variant(groups=gn.groups.single),
     "at most 2 groups": Variant(groups=functools.partial(gn.groups.per_module, max_groups=2)),
     "damping fixed at 1": Variant(internal_damping=1.0),
-    "damping fixed at 10": Variant(internal_damping=10.0),
     "damping with floor 0.1": Variant(internal_damping=gn.adaptive_damping(floor=0.1)),
     "no third order": Variant(internal_damping=0.0),
     "third order replaced by hbar^1.5": Variant(rates=edge_of(third_from_second)),
     "no scale rule": Variant(scale_rule=None),
     "no `value` passed": Variant(no_value),
     "no averaging": Variant(averaging=None),
-    "Adam's direction with b2 = 0.99": Variant(direction=optax.scale_by_adam(b2=0.99)),
-    "Nesterov Adam's direction": Variant(direction=optax.scale_by_adam(nesterov=True)),
+    "b1 = 0.7, b2 = 0.9": directed(0.7, 0.9),
+    "b1 = 0.8, b2 = 0.999": directed(0.8, 0.999),
+    "b1 = 0.9, b2 = 0.95": directed(0.9, 0.95),
+    "b1 = 0.9, b2 = 0.999, Adam's own": directed(0.9, 0.999),
+    "b1 = 0.95, b2 = 0.95": directed(0.95, 0.95),
+    "b1 = 0.8, b2 = 0.95, Nesterov": directed(0.8, 0.95, nesterov=True),
     "Lion's direction": Variant(direction=optax.scale_by_lion()),
     "SGD's direction, momentum 0.9": Variant(direction=optax.trace(0.9)),
     "the plain gradient": Variant(direction=optax.identity()),

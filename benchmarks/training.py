@@ -260,7 +260,7 @@ def _append(path, record):
 # Timing
 
 
-def measure(task: Task, optimizers: dict[str, tuple[Callable, Any]], rounds: int = 5, steps: int | None = None):
+def measure(task: Task, optimizers: dict[str, tuple[Callable, Any]], rounds: int = 3, steps: int | None = None):
     """Median seconds a step of each optimizer's first setting over a whole run, and of the bare gradient, in turns.
 
     Whole runs, because what a step costs may depend on how far the run is. ``steps`` are the task's by default.
