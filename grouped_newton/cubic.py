@@ -331,7 +331,7 @@ def norm(x):
 
 
 def folded(op, x, identity):
-    """All numbers of x by ``op``, by halving: for the short arrays of the groups.
+    """``identity`` and all numbers of x by ``op``, by halving: for the short arrays of the groups.
 
     On the CPU XLA pays about half a microsecond for each reduction in a program at every call, executed or not. Slices
     and elementwise operations are fused and cost nothing.
@@ -341,7 +341,7 @@ def folded(op, x, identity):
     x = jnp.concatenate([x, jnp.full(missing, identity, x.dtype)])
     while x.size > 1:
         x = op(x[: x.size // 2], x[x.size // 2 :])
-    return x.reshape(())
+    return op(x.reshape(()), jnp.asarray(identity, x.dtype))
 
 
 def total(x):

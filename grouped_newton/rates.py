@@ -167,7 +167,7 @@ def adaptive_damping(initial: float = 1.0, floor: float = 1.0) -> AdaptiveDampin
     Above 1/2 the damping doubles, below 1/10 it halves. Where the step is grossly
     worse than the model, or not finite, it is multiplied by 4, and the rates are halved
     at once until they aren't, ten times at most. It costs one more evaluation of the
-    loss per refresh, and one for each halving.
+    loss per refresh, and one for each halving but the tenth.
 
     Args:
       initial: the damping at the start, positive, without unit.

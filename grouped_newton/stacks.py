@@ -93,9 +93,9 @@ def inner(x, y):
     dtype = wide(jnp.promote_types(x.dtype, y.dtype))
     products = x.astype(dtype) * y.astype(dtype)
     if products.size <= _SHORT and not placement.on_a_mesh(x, y):
-        # A matrix product: on the CPU XLA pays for each reduction at every call, see cubic.folded.
+        # On the CPU XLA pays for each reduction at every call, see cubic.folded. With one column this would be one.
         ones = jnp.ones((math.prod(x.shape[1:]), 2), dtype)
-        return jnp.matmul(products.reshape(len(x), -1), ones, precision=lax.Precision.HIGHEST)[:, 0].real
+        return jnp.matmul(products.reshape(len(x), len(ones)), ones, precision=lax.Precision.HIGHEST)[:, 0].real
     return jnp.sum(products, axis=tuple(range(1, x.ndim))).real
 
 

@@ -92,8 +92,8 @@ def scale_by_grouped_newton(
     When a refresh finds no minimiser or a number that isn't finite, the last
     rates stay. Before there are any, the edge rule steps in for a rule without
     minimiser, and if that has none either the step is zero and the next one
-    refreshes again; so it does while all rates are zero. A direction that isn't
-    finite gives a zero step.
+    refreshes again; so it does while all rates are zero. Numbers of the direction
+    that aren't finite make no step; at a refresh they leave the rates as they were.
 
     ``update`` takes ``params`` and ``value_fn``, a function from params to one real
     number. A scale rule judges by ``value``, the loss of each step, if it is given,
@@ -284,8 +284,9 @@ def grouped_newton(
     For a loss without noise, such as that of the full batch, give a direction with more
     momentum, ``optax.scale_by_adam(b1=0.95, b2=0.95)``.
 
-    Numbers of the gradient that aren't finite, or whose square isn't, count as zeros. What a
-    direction makes of all others is kept, so it has to stay finite.
+    Numbers of the gradient that aren't finite, or whose square isn't, count as zeros; where all
+    are, the momentum alone makes the step. What a direction makes of all others is kept, so
+    it has to stay finite.
 
     Args:
       learning_rate: a factor on all computed rates, or a schedule of the step;
@@ -380,9 +381,8 @@ def _of_fine_numbers(direction, groups):
 
 
 def _without_bad_numbers(x):
-    # An adaptive direction keeps squares.
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.where(jnp.isfinite(wide * wide), x, jnp.zeros_like(x))
+    largest = jnp.finfo(x.dtype).max ** 0.5  # an adaptive direction keeps squares
+    return jnp.where(jnp.abs(x) <= largest, x, jnp.zeros_like(x))
 
 
 def _in_a_group(groups, params):
@@ -458,7 +458,7 @@ def _flat_params_explained(params):
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)) and jnp.ndim(params) == 1:
             error.add_note(
                 "The params are one vector, as they are inside optax.flatten, where neither labels nor value_fn fit."
-                " Flatten the direction alone: grouped_newton(direction=optax.flatten(optax.scale_by_adam()))"
+                " Flatten the direction alone: grouped_newton(direction=optax.flatten(optax.scale_by_adam(0.8, 0.95)))"
             )
         raise
 

@@ -9,7 +9,7 @@ from jax import lax
 from oracles import certify_cubic, cubic_model, definiteness_without_cubic, minimise_cubic
 
 from grouped_newton import CubicStatus, solve_cubic
-from grouped_newton.cubic import solve_decoupled
+from grouped_newton.cubic import folded, solve_decoupled
 
 SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE = CubicStatus
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
@@ -200,6 +200,24 @@ def test_not_finite_input_of_decoupled_groups_is_told(where, bad):
     solution = solve_decoupled(*problem)
     assert solution.status == NOT_FINITE
     np.testing.assert_array_equal(solution.eta, 0.0)
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 4])
+def test_decoupled_groups_whose_pole_is_out_of_range_on_the_left(S):
+    """h / d^2 overflows; the cubic term is next to nothing."""
+    with np.errstate(over="ignore"):
+        h = jnp.full(S, np.sqrt(np.finfo(jnp.result_type(float)).max), jnp.result_type(float))
+    solution = solve_decoupled(h, h, h**-0.5 / 8, 1.0)
+    np.testing.assert_allclose(solution.eta, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_folding_takes_every_number_and_the_identity_once(n):
+    x = 1 + jnp.arange(float(n))
+    assert folded(jnp.add, x, 0) == n * (n + 1) / 2
+    assert folded(jnp.maximum, -x, 0) == 0
+    assert folded(jnp.maximum, x, 0) == n
+    assert folded(jnp.minimum, x, 3) == min(3, *x) if n else folded(jnp.minimum, x, 3) == 3
 
 
 def numerically_singular(S):

@@ -481,7 +481,7 @@ def test_a_damping_that_is_not_finite_is_kept_out():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_direction_that_is_not_finite_gives_a_zero_step(bad):
+def test_numbers_of_a_direction_that_are_not_finite_make_no_step(bad):
     """At a refresh (0, 4) and between (2); numbers beside it make their step between refreshes."""
     updates, state = run_polynomial(6, refresh_every=4, u=[bad, 1.0, bad, 1.0, bad, 1.0])
     np.testing.assert_allclose(updates, [0, 0.5, 0, 0.5, 0, 0.5], rtol=8 * EPS)
@@ -675,7 +675,7 @@ def test_a_refresh_whose_step_would_be_gross_halves_its_rates_at_once(edge, halv
     assert state.damping == 4
     np.testing.assert_allclose([step, state.eta[0]], [scale * rate, rate], rtol=8 * EPS)
     assert not np.isnan(loss(-step))
-    # A direction that isn't finite makes no step, so there is nothing to halve.
+    # Of a direction that isn't finite there is no summary, and so nothing to judge.
     assert update(jnp.full((), jnp.nan))[1].damping == 1
 
 
