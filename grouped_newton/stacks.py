@@ -93,7 +93,7 @@ def inner(x, y):
     dtype = wide(jnp.promote_types(x.dtype, y.dtype))
     products = x.astype(dtype) * y.astype(dtype)
     if products.size <= _SHORT and not placement.on_a_mesh(x, y):
-        # On the CPU XLA pays for each reduction at every call, see cubic.folded. With one column this would be one.
+        # On the CPU XLA pays for each reduction at every call, see cubic.folded. One row by one column would be one.
         ones = jnp.ones((math.prod(x.shape[1:]), 2), dtype)
         return jnp.matmul(products.reshape(len(x), len(ones)), ones, precision=lax.Precision.HIGHEST)[:, 0].real
     return jnp.sum(products, axis=tuple(range(1, x.ndim))).real
