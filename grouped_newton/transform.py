@@ -232,7 +232,7 @@ def scale_by_grouped_newton(
                     return trials + 1, jnp.where(error.gross, eta / 2, eta), scale, error.gross, first
 
                 kinds = jax.eval_shape(trial, state.eta, progress.scale)
-                unknown = jax.tree.map(lambda kind: placement.zeros(kind), kinds)
+                unknown = jax.tree.map(placement.zeros, kinds)
                 _, eta, scale, _, error = lax.while_loop(
                     lambda loop: loop[3] & (loop[0] < _MOST_HALVINGS),
                     halve_if_gross,

@@ -632,6 +632,15 @@ def test_a_number_of_the_gradient_that_is_not_finite_or_has_no_square_counts_as_
     assert not np.array_equal(run(1e19)[0]["out"]["w"][k], expected[0]["out"]["w"][k])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_squares_that_the_direction_keeps_are_finite_in_the_gradients_own_dtype(dtype):
+    tx, params = gn.grouped_newton(), jnp.ones(2, dtype)
+    grads = jnp.array([jnp.finfo(dtype).max, 1], dtype)
+    _, state = jax.jit(lambda g: tx.update(g, tx.init(params), params, value_fn=lambda p: jnp.sum(p**2)))(grads)
+    assert_finite(state)
+    assert state[0].nu[0] == 0 < state[0].nu[1]
+
+
 def test_a_frozen_leaf_whose_gradient_is_not_finite_changes_nothing():
     params = {"stuck": jnp.ones(2), "w": jnp.array([1.0, -2.0])}
     tx = gn.grouped_newton(groups={"stuck": FROZEN, "w": 0})
