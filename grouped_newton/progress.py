@@ -1,4 +1,4 @@
-"""A scale on all rates that follows whether the loss falls, from windows of its values.
+"""What the losses of the steps tell: a scale on all rates, from windows of their values, and whether they have noise.
 
   v_k           losses of a window of steps, or of one refresh where no losses are given
   window_mean   mean of the last window that closed      deviation  mean |v_k - window_mean| over it
@@ -8,6 +8,11 @@ A window closes at a refresh. A value over window_mean + 8 deviation is a spike:
 counts as that limit, and the scale shrinks at once if it is the highest of its window.
 A value that isn't finite is above all others; before there is a deviation it doesn't
 count, and a window without values doesn't close.
+
+  predicted     the loss after a refresh's step, as the refresh found it on its own batch
+  agreed        how often the loss of the next step was that, forgotten faster than learnt
+
+Where the batch is always the same, nothing is between the two but rounding.
 """
 
 from collections.abc import Callable
@@ -20,10 +25,11 @@ ScaleRule = Callable[[Any, Any], jax.Array]
 
 SPIKE = 8.0
 LEAST_WINDOW = 5
+AGREEMENT = 0.01
 
 
 class Progress(NamedTuple):
-    """Scalars of one dtype; at first ``window_mean`` is the largest number, ``window_peak`` the least."""
+    """Scalars of one dtype; what isn't known is the largest number, or the least for ``window_peak``."""
 
     scale: jax.Array
     window_sum: jax.Array
@@ -32,6 +38,8 @@ class Progress(NamedTuple):
     window_peak: jax.Array
     window_mean: jax.Array
     deviation: jax.Array
+    predicted: jax.Array
+    agreed: jax.Array
 
 
 def success_rule(shrink: float = 0.7, grow: float = 1.2, floor: float = 1e-3) -> Callable[[Any, Any], jax.Array]:
@@ -82,6 +90,8 @@ def start(dtype: Any) -> Progress:
         window_peak=number(-largest),
         window_mean=number(largest),
         deviation=number(0),
+        predicted=number(largest),
+        agreed=number(0),
     )
 
 
@@ -145,6 +155,36 @@ def judge_refresh(progress: Progress, loss: Any, rule: ScaleRule) -> Progress:
         scale=rule(progress.scale, loss <= mean).astype(mean.dtype),
         window_mean=jnp.where(jnp.isfinite(average), average, mean).astype(mean.dtype),
     )
+
+
+def predict(progress: Progress, loss_after: jax.Array, known: jax.Array) -> Progress:
+    """Keeps the loss that a refresh found after its step, where it is known, for :func:`compare`."""
+    none = jnp.finfo(progress.predicted.dtype).max
+    loss_after = loss_after.astype(progress.predicted.dtype)
+    return progress._replace(predicted=jnp.where(known & jnp.isfinite(loss_after), loss_after, none))
+
+
+def compare(progress: Progress, value: Any, loss: jax.Array) -> Progress:
+    """Compares the loss of a step with the one predicted, if the step before was a refresh, which had ``loss``.
+
+    They agree within a hundredth of the decrease between the two; where that is within rounding, nothing is learnt.
+    """
+    predicted, agreed = progress.predicted, progress.agreed
+    value = jnp.asarray(value)
+    # A loss in half precision is rounded there, whatever holds it here.
+    kinds = [x.dtype for x in (value, predicted) if jnp.issubdtype(x.dtype, jnp.floating)]
+    eps = max(float(jnp.finfo(kind).eps) for kind in kinds)
+    none = jnp.finfo(predicted.dtype).max
+    allowed = AGREEMENT * jnp.abs(loss - predicted)
+    reliable = (predicted < none) & (allowed > 4 * eps * jnp.abs(loss))
+    agrees = jnp.abs(value.astype(predicted.dtype) - predicted) <= allowed
+    seen = jnp.where(agrees, jnp.minimum(agreed + 1, 4), jnp.maximum(agreed - 2, 0))
+    return progress._replace(predicted=jnp.full_like(predicted, none), agreed=jnp.where(reliable, seen, agreed))
+
+
+def noiseless(progress: Progress) -> jax.Array:
+    """Whether the losses agreed with those predicted, twice at least and lately."""
+    return progress.agreed >= 2
 
 
 def _any_closed(progress):

@@ -16,9 +16,11 @@ from grouped_newton import progress as _progress
 from grouped_newton import rates as _rates
 from grouped_newton.averaging import average_params
 from grouped_newton.cubic import CubicStatus, all_finite, total
+from grouped_newton.direction import scale_by_adaptive_momentum
 from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
 
 _MOST_HALVINGS = 10
+_NOISELESS_DECAY = 4  # without noise an average needs no more than a quarter of the summaries
 
 
 class GroupedNewtonState(NamedTuple):
@@ -43,7 +45,8 @@ class GroupedNewtonState(NamedTuple):
         a minimiser, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
       window: sum, spread, count, peak, last mean and deviation of the losses that
-        the scale rule judges by, see :mod:`grouped_newton.progress`, (6,).
+        the scale rule judges by, the loss predicted for the next step and how often
+        it came true, see :mod:`grouped_newton.progress`, (8,).
     """
 
     count: jax.Array
@@ -61,6 +64,11 @@ class GroupedNewtonState(NamedTuple):
     rejected: jax.Array
     uphill: jax.Array
     window: jax.Array
+
+    @property
+    def noiseless(self) -> jax.Array:
+        """Whether the losses of the steps are those that the refreshes before them found, bool ()."""
+        return _progress.noiseless(_progress.unpack(self.scale, self.window))
 
 
 def scale_by_grouped_newton(
@@ -193,6 +201,8 @@ def scale_by_grouped_newton(
         value = extra_args.get("value")
         value = None if value is None else placement.mean(value, axis_name)
         progress = _progress.unpack(state.scale, state.window)
+        if adaptive and value is not None:
+            progress = _progress.compare(progress, value, state.loss)
         if scale_rule and value is not None:
             progress = _progress.observe(progress, value, scale_rule)
 
@@ -206,7 +216,8 @@ def scale_by_grouped_newton(
                 max_stack=max_stack,
                 axis_name=axis_name,
             )
-            state = _refreshed(state, summary, damping_at(state), rates, summary_decay)
+            decay = jnp.where(state.noiseless, summary_decay**_NOISELESS_DECAY, summary_decay)
+            state = _refreshed(state, summary, damping_at(state), rates, decay)
             progress = _progress.unpack(state.scale, state.window)
             if scale_rule and value is not None:
                 progress = _progress.close_window(progress, scale_rule)
@@ -220,25 +231,25 @@ def scale_by_grouped_newton(
                     eta = used(eta, scale)
                     after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
                     error = _rates.model_error(summary, eta, after)
-                    return error._replace(reliable=error.reliable & judged, gross=error.gross & judged)
+                    return error._replace(reliable=error.reliable & judged, gross=error.gross & judged), after
 
                 def halve_if_gross(loop):
-                    trials, eta, scale, _, first = loop
-                    error = trial(eta, scale)
+                    trials, eta, scale, _, first, _ = loop
+                    error, after = trial(eta, scale)
                     first = jax.tree.map(lambda x, e: jnp.where(trials == 0, e, x), first, error)
                     if scale_rule:
                         shrunk = scale_rule(scale, False).astype(scale.dtype)
                         scale = jnp.where(error.gross & (trials == 0), shrunk, scale)
-                    return trials + 1, jnp.where(error.gross, eta / 2, eta), scale, error.gross, first
+                    return trials + 1, jnp.where(error.gross, eta / 2, eta), scale, error.gross, first, after
 
                 kinds = jax.eval_shape(trial, state.eta, progress.scale)
                 unknown = jax.tree.map(placement.zeros, kinds)
-                _, eta, scale, _, error = lax.while_loop(
+                _, eta, scale, gross, error, after = lax.while_loop(
                     lambda loop: loop[3] & (loop[0] < _MOST_HALVINGS),
                     halve_if_gross,
-                    (0, state.eta, progress.scale, jnp.array(True), unknown),
+                    (0, state.eta, progress.scale, jnp.array(True), *unknown),
                 )
-                progress = progress._replace(scale=scale)
+                progress = _progress.predict(progress._replace(scale=scale), after, judged & ~gross)
                 state = state._replace(
                     eta=eta,
                     damping=adaptive.update(state.damping, error).astype(eta.dtype),
@@ -341,7 +352,7 @@ def grouped_newton(
     References:
       P. Wolinski, arXiv 2312.03885.
     """
-    direction = optax.scale_by_adam(b1=0.8, b2=0.95) if direction is None else direction
+    direction = scale_by_adaptive_momentum() if direction is None else direction
     if not isinstance(direction, optax.GradientTransformation):
         raise TypeError(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
@@ -364,7 +375,13 @@ def grouped_newton(
     ]
     if averaging is not None:
         transforms.append(optax.masked(average_params(averaging), lambda params: _in_a_group(groups, params)))
-    return optax.chain(*transforms)
+    chain = optax.chain(*transforms)
+
+    def update(updates, state, params=None, **extra_args):
+        newton = state[1]
+        return chain.update(updates, state, params, **(extra_args | {"noiseless": newton.noiseless}))
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def _of_fine_numbers(direction, groups):

@@ -235,6 +235,60 @@ def test_a_refresh_whose_loss_is_not_finite_shrinks_and_is_left_out_of_the_avera
         np.testing.assert_array_equal(np.delete(state.window_mean, k), clean.window_mean)
 
 
+# --- noise -----------------------------------------------------------------------------------------
+
+
+def after_comparisons(outcomes, dtype=float, loss=1.0, decrease=0.1, value_dtype=None):
+    """``agreed`` after comparisons of losses that are off by so many decreases; None is a step after no refresh."""
+    state, history = progress.start(jnp.result_type(dtype)), []
+    number = lambda x: jnp.asarray(x, state.predicted.dtype)
+    for off in outcomes:
+        if off is not None:
+            state = progress.predict(state, number(loss - decrease), jnp.array(True))
+        value = loss - decrease + decrease * (5.0 if off is None else off)
+        state = progress.compare(state, jnp.asarray(value, value_dtype or state.predicted.dtype), number(loss))
+        history.append(float(state.agreed))
+    return history
+
+
+def test_two_agreements_make_a_loss_noiseless_and_one_failure_unmakes_two():
+    assert after_comparisons([0.0] * 6) == [1, 2, 3, 4, 4, 4]
+    assert after_comparisons([0.0, 1.0, 0.0, 0.0, -1.0]) == [1, 0, 1, 2, 0]
+    assert after_comparisons([0.0] * 4 + [1.0, -1.0, 0.0]) == [1, 2, 3, 4, 2, 0, 1]
+    agreed = jnp.arange(5.0)
+    flags = [bool(progress.noiseless(progress.start(jnp.float32)._replace(agreed=x))) for x in agreed]
+    assert flags == [False, False, True, True, True]
+
+
+def test_agreement_is_within_a_hundredth_of_the_decrease():
+    for loss in (1.0, -1.0, 3.0):
+        for decrease in (0.1, -0.1):
+            outcomes = [0.009, -0.009, 0.011, 0.009, -0.011]
+            assert after_comparisons(outcomes, loss=loss, decrease=decrease) == [1, 2, 0, 1, 0]
+
+
+def test_without_a_refresh_before_or_with_a_loss_that_was_not_known_nothing_is_learnt():
+    assert after_comparisons([None, 0.0, None, 0.0, None, None]) == [0, 1, 1, 2, 2, 2]
+    start = progress.start(jnp.float32)
+    for after, known in ((0.9, False), (math.nan, True), (math.inf, True)):
+        state = progress.predict(start, jnp.asarray(after), jnp.asarray(known))
+        assert state.predicted == jnp.finfo(jnp.float32).max
+        assert progress.compare(state, 0.9, jnp.array(1.0)).agreed == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_does_not_agree(bad):
+    assert after_comparisons([0.0, 0.0, bad]) == [1, 2, 0]
+
+
+def test_within_the_rounding_of_either_loss_nothing_is_learnt():
+    assert after_comparisons([0.0, 0.0, 1.0], "float32", decrease=4e-5) == [0, 0, 0]
+    assert after_comparisons([0.0, 0.0, 1.0], "float32", decrease=6e-5) == [1, 2, 0]
+    # bfloat16 has steps of 1/128 here: four of them are more than a hundredth of the decrease, or less.
+    assert after_comparisons([0.0, 0.0, 1.0], "float32", 1.0, 0.5, "bfloat16") == [0, 0, 0]
+    assert after_comparisons([0.0, 0.0, 1.0], "float32", 1.0, 4.0, "bfloat16") == [1, 2, 0]
+
+
 # --- invariance, dtypes, transforms ------------------------------------------------------------------
 
 
@@ -262,7 +316,7 @@ def test_dtypes_and_weak_types_of_the_state_are_kept(x64, value):
     kind = lambda x: (x.shape, x.dtype, x.weak_type)
     for dtype in (jnp.float32, jnp.float64):
         state = progress.start(dtype)
-        assert [x.dtype for x in state] == [dtype] * 7
+        assert [x.dtype for x in state] == [dtype] * 9
         for rule in (RULE, weak, gn.success_rule(np.float64(0.5), np.float64(2.0), np.float64(0.1))):
             after = jax.eval_shape(
                 lambda s, rule=rule: progress.close_window(progress.observe(s, loss, rule), rule), state
@@ -270,6 +324,10 @@ def test_dtypes_and_weak_types_of_the_state_are_kept(x64, value):
             assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
             judged = jax.eval_shape(lambda s, rule=rule: progress.judge_refresh(s, jnp.asarray(loss), rule), state)
             assert jax.tree.map(kind, judged) == jax.tree.map(kind, state)
+        predicts = lambda s, now: progress.predict(s, jnp.asarray(loss), jnp.array(True))
+        compares = lambda s, now: progress.compare(s, loss, now)
+        for step in (predicts, compares):
+            assert jax.tree.map(kind, jax.eval_shape(step, state, jnp.ones((), dtype))) == jax.tree.map(kind, state)
 
 
 def test_fields_have_buffers_of_their_own():
