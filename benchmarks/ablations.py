@@ -31,6 +31,18 @@ def without_coupling(s):
     return s._replace(hbar=jnp.diag(jnp.diag(s.hbar)))
 
 
+def coupled(summary, lam):
+    """The edge rule along the solution with the coupling, instead of the one without."""
+    d = jnp.cbrt(summary.third)
+    solution = gn.solve_cubic(summary.gbar, summary.hbar, d, lam)
+    e = jnp.maximum(solution.eta, 0)
+    along = gn.Summary(
+        summary.loss, (summary.gbar @ e)[None], (e @ summary.hbar @ e)[None, None], jnp.sum((d * e) ** 2)[None] ** 1.5
+    )
+    alpha = gn.edge_rates()(along, lam)
+    return gn.CubicSolution(alpha.eta * e, alpha.radius, jnp.maximum(solution.status, alpha.status))
+
+
 def third_from_second(s):
     return s._replace(third=jnp.maximum(jnp.diag(s.hbar), 0) ** 1.5)
 
@@ -55,6 +67,10 @@ def directed(b1, b2, **options):
     return Variant(direction=optax.scale_by_adam(b1=b1, b2=b2, **options))
 
 
+def adaptive(b1, b2):
+    return Variant(direction=gn.scale_by_adaptive_momentum(b1, b2))
+
+
 VARIANTS = {
     "the defaults": Variant(),
     "edge factor 1.0": Variant(rates=gn.edge_rates(1.0)),
@@ -64,6 +80,7 @@ VARIANTS = {
     "cosine to 0, edge factor 1.95": Variant(to_zero, rates=gn.edge_rates(1.95)),
     "the paper's rule, `cubic_rates()`": Variant(rates=gn.cubic_rates()),
     "no coupling between groups": Variant(rates=edge_of(without_coupling)),
+    "coupling for the ratios too": Variant(rates=coupled),
     "the latest summary alone": Variant(summary_decay=0.0),
     "`summary_decay` 0.7": Variant(summary_decay=0.7),
     "`summary_decay` 0.95": Variant(summary_decay=0.95),
@@ -81,12 +98,17 @@ VARIANTS = {
     "no scale rule": Variant(scale_rule=None),
     "no `value` passed": Variant(no_value),
     "no averaging": Variant(averaging=None),
-    "b1 = 0.7, b2 = 0.9": directed(0.7, 0.9),
-    "b1 = 0.8, b2 = 0.999": directed(0.8, 0.999),
-    "b1 = 0.9, b2 = 0.95": directed(0.9, 0.95),
-    "b1 = 0.9, b2 = 0.999, Adam's own": directed(0.9, 0.999),
-    "b1 = 0.95, b2 = 0.95": directed(0.95, 0.95),
-    "b1 = 0.8, b2 = 0.95, Nesterov": directed(0.8, 0.95, nesterov=True),
+    "b1 = 0.5, b2 = 0.6 under noise": adaptive(0.5, 0.6),
+    "b1 = 0.6, b2 = 0.8 under noise": adaptive(0.6, 0.8),
+    "b1 = 0.7, b2 = 0.9 under noise": adaptive(0.7, 0.9),
+    "b1 = 0.8, b2 = 0.8 under noise": adaptive(0.8, 0.8),
+    "b1 = 0.8, b2 = 0.95 under noise": adaptive(0.8, 0.95),
+    "b1 = 0.7, b2 = 0.8 always": directed(0.7, 0.8),
+    "b1 = 0.8, b2 = 0.95 always": directed(0.8, 0.95),
+    "b1 = 0.9, b2 = 0.999 always, Adam's own": directed(0.9, 0.999),
+    "b1 = 0.95, b2 = 0.95 always": directed(0.95, 0.95),
+    "b1 = 0.7, b2 = 0.8 always, Nesterov": directed(0.7, 0.8, nesterov=True),
+    "Muon's direction for matrices": Variant(direction=optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0))),
     "Lion's direction": Variant(direction=optax.scale_by_lion()),
     "SGD's direction, momentum 0.9": Variant(direction=optax.trace(0.9)),
     "the plain gradient": Variant(direction=optax.identity()),

@@ -157,11 +157,11 @@ def judge_refresh(progress: Progress, loss: Any, rule: ScaleRule) -> Progress:
     )
 
 
-def predict(progress: Progress, loss_after: jax.Array, known: jax.Array) -> Progress:
-    """Keeps the loss that a refresh found after its step, where it is known, for :func:`compare`."""
+def predict(progress: Progress, loss_after: jax.Array) -> Progress:
+    """Keeps the loss that a refresh found after its step, if it is finite, for :func:`compare`."""
     none = jnp.finfo(progress.predicted.dtype).max
     loss_after = loss_after.astype(progress.predicted.dtype)
-    return progress._replace(predicted=jnp.where(known & jnp.isfinite(loss_after), loss_after, none))
+    return progress._replace(predicted=jnp.where(jnp.isfinite(loss_after), loss_after, none))
 
 
 def compare(progress: Progress, value: Any, loss: jax.Array) -> Progress:
@@ -171,7 +171,7 @@ def compare(progress: Progress, value: Any, loss: jax.Array) -> Progress:
     """
     predicted, agreed = progress.predicted, progress.agreed
     value = jnp.asarray(value)
-    # A loss in half precision is rounded there, whatever holds it here.
+    # A loss in half precision is rounded there.
     kinds = [x.dtype for x in (value, predicted) if jnp.issubdtype(x.dtype, jnp.floating)]
     eps = max(float(jnp.finfo(kind).eps) for kind in kinds)
     none = jnp.finfo(predicted.dtype).max
@@ -182,9 +182,9 @@ def compare(progress: Progress, value: Any, loss: jax.Array) -> Progress:
     return progress._replace(predicted=jnp.full_like(predicted, none), agreed=jnp.where(reliable, seen, agreed))
 
 
-def noiseless(progress: Progress) -> jax.Array:
+def noiseless(agreed: jax.Array) -> jax.Array:
     """Whether the losses agreed with those predicted, twice at least and lately."""
-    return progress.agreed >= 2
+    return agreed >= 2
 
 
 def _any_closed(progress):

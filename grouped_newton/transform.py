@@ -46,7 +46,7 @@ class GroupedNewtonState(NamedTuple):
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
       window: sum, spread, count, peak, last mean and deviation of the losses that
         the scale rule judges by, the loss predicted for the next step and how often
-        it came true, see :mod:`grouped_newton.progress`, (8,).
+        lately it came true, see :mod:`grouped_newton.progress`, (8,).
     """
 
     count: jax.Array
@@ -68,7 +68,7 @@ class GroupedNewtonState(NamedTuple):
     @property
     def noiseless(self) -> jax.Array:
         """Whether the losses of the steps are those that the refreshes before them found, bool ()."""
-        return _progress.noiseless(_progress.unpack(self.scale, self.window))
+        return _progress.noiseless(self.window[..., -1])
 
 
 def scale_by_grouped_newton(
@@ -104,11 +104,14 @@ def scale_by_grouped_newton(
     that aren't finite make no step; at a refresh they leave the rates as they were.
 
     ``update`` takes ``params`` and ``value_fn``, a function from params to one real
-    number. A scale rule judges by ``value``, the loss of each step, if it is given,
-    and by the losses at refreshes if not, which is less sure and later. Extra
-    arguments named in ``value_fn``'s signature are passed to it, others are ignored.
-    Close over the batch inside the jitted step; another batch than the gradient's
-    gives slopes without that batch's noise.
+    number. A scale rule judges by ``value``, the loss of each step, if it is given, and
+    by the losses at refreshes if not, which is less sure and later. With an adaptive
+    damping and ``value``, a step's loss that is what the refresh before it found, to a
+    hundredth of the decrease, shows that there is no noise: where that came true twice at
+    least and lately, the state's ``noiseless`` is True, and the average decays with the
+    fourth power of ``summary_decay``. Extra arguments named in ``value_fn``'s signature
+    are passed to it, others are ignored. Close over the batch inside the jitted step;
+    another batch than the gradient's gives slopes without that batch's noise.
 
     Args:
       groups: a grouping, see :mod:`grouped_newton.groups`; per tensor by default.
@@ -119,7 +122,7 @@ def scale_by_grouped_newton(
         step such as :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
       summary_decay: weight in [0, 1) of the past in the bias-corrected average,
-        per refresh; 0 uses the latest summary alone.
+        per refresh, without noise its fourth power; 0 uses the latest summary alone.
       scale_rule: ``(scale, whether the loss fell) -> scale``, such as
         :func:`success_rule`; None keeps the scale at 1.
       nonnegative: whether negative rates are clipped to 0 when used.
@@ -249,7 +252,8 @@ def scale_by_grouped_newton(
                     halve_if_gross,
                     (0, state.eta, progress.scale, jnp.array(True), *unknown),
                 )
-                progress = _progress.predict(progress._replace(scale=scale), after, judged & ~gross)
+                after = jnp.where(judged & ~gross, after, jnp.nan)
+                progress = _progress.predict(progress._replace(scale=scale), after)
                 state = state._replace(
                     eta=eta,
                     damping=adaptive.update(state.damping, error).astype(eta.dtype),
@@ -286,14 +290,20 @@ def grouped_newton(
     """An optimizer that computes its learning rates, one per group of parameters.
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
-    optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with
-    the defaults that train best untuned: Adam's direction with a short memory, a
-    group a module, :func:`edge_rates` of a summary every 20 steps averaged over about
-    130, a damping that follows the model's error, a scale that follows the loss, and an
+    optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with the defaults
+    that train best untuned: Adam's direction with a short memory,
+    :func:`scale_by_adaptive_momentum`, a group a module, :func:`edge_rates` of a summary every 20
+    steps averaged over about 130, a damping that follows the model's error, a scale that follows
+    the loss, and an
     average of the parameters to evaluate at, ``eval_params(state, params)``. Pass
     ``value``, the loss of the step, to ``update``: the scale reacts sooner and to spikes.
-    For a loss without noise, such as that of the full batch, give a direction with more
-    momentum, ``optax.scale_by_adam(b1=0.95, b2=0.95)``.
+    From it the optimizer also sees where there is no noise, as on the full batch: the loss after
+    a refresh's step is then the one that the refresh found. The direction's ``update`` is told so,
+    ``noiseless=True`` (one given to ``update`` is handed on instead), and the default one has a
+    longer memory; the average of the summaries has a shorter one, ``summary_decay`` to the fourth
+    power. It can't be seen where ``value`` isn't passed, the learning rate isn't 1 or the damping
+    doesn't adapt, where noise is assumed, nor on a batch that is used for several steps in a row,
+    which looks noiseless.
 
     Numbers of the gradient that aren't finite, or whose square isn't, count as zeros; where all
     are, the momentum alone makes the step. What a direction makes of all others is kept, so
@@ -304,8 +314,8 @@ def grouped_newton(
         the paper's lambda_1. 1 by default.
       groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
       direction: a transform that makes the direction from the gradient, neither
-        negated nor scaled: ``optax.scale_by_adam(b1=0.8, b2=0.95)`` (the default),
-        not ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
+        negated nor scaled: ``scale_by_adaptive_momentum()`` (the default) or
+        ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
         negated direction gets negative rates: nothing moves unless
         ``nonnegative=False``, and the state's ``uphill`` counts.
       internal_damping: lambda >= 0, without unit, a schedule of the step, or
@@ -313,7 +323,8 @@ def grouped_newton(
       refresh_every: steps between two summaries, at least 1, or a schedule of the
         step, by default :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
-      summary_decay: weight in [0, 1) of the past in the average, per refresh.
+      summary_decay: weight in [0, 1) of the past in the average, per refresh; without noise
+        its fourth power.
       scale_rule: see :func:`scale_by_grouped_newton`; :func:`success_rule` by default.
       averaging: fraction of the steps, see :func:`average_params`; None keeps no
         average, which saves one copy of the parameters.
@@ -357,8 +368,8 @@ def grouped_newton(
         raise TypeError(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
+    direction = _of_fine_numbers(direction, groups)
     transforms = [
-        _of_fine_numbers(direction, groups),
         scale_by_grouped_newton(
             groups,
             internal_damping=internal_damping,
@@ -375,13 +386,15 @@ def grouped_newton(
     ]
     if averaging is not None:
         transforms.append(optax.masked(average_params(averaging), lambda params: _in_a_group(groups, params)))
-    chain = optax.chain(*transforms)
+    rest = optax.chain(*transforms)
 
     def update(updates, state, params=None, **extra_args):
-        newton = state[1]
-        return chain.update(updates, state, params, **(extra_args | {"noiseless": newton.noiseless}))
+        told = {"noiseless": state[1].noiseless} | extra_args
+        updates, of_direction = direction.update(updates, state[0], params, **told)
+        updates, of_rest = rest.update(updates, state[1:], params, **extra_args)
+        return updates, (of_direction, *of_rest)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return optax.GradientTransformationExtraArgs(lambda params: (direction.init(params), *rest.init(params)), update)
 
 
 def _of_fine_numbers(direction, groups):
@@ -389,15 +402,18 @@ def _of_fine_numbers(direction, groups):
     direction = optax.with_extra_args_support(direction)
 
     def update(updates, state, params=None, **extra_args):
-        leaves, treedef = jax.tree.flatten(updates)
-        pairs = zip(leaves, _resolve(groups, updates).index, strict=True)
-        updates = treedef.unflatten([u if g < 0 else _without_bad_numbers(jnp.asarray(u)) for u, g in pairs])
+        updates = jax.tree.map(_without_bad_numbers, updates)
         return direction.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
 def _without_bad_numbers(x):
+    if jnp.result_type(x) == jax.dtypes.float0:
+        return jnp.zeros(jnp.shape(x), jnp.int32)
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
     largest = jnp.finfo(x.dtype).max ** 0.5  # an adaptive direction keeps squares
     return jnp.where(jnp.abs(x) <= largest, x, jnp.zeros_like(x))
 
@@ -410,7 +426,13 @@ def _in_a_group(groups, params):
 def _moved(partition, params, steps):
     """``params - steps``; leaves without a group may be of a kind that can't be subtracted."""
     theta, treedef = jax.tree.flatten(params)
-    minus = lambda x, step: (x - step).astype(jnp.result_type(x))
+
+    def minus(x, step):
+        dtype = jnp.result_type(x)
+        x, info = (x - step).astype(dtype), jnp.finfo(dtype)
+        # XLA may leave half precision unrounded inside the loss; the real step is rounded.
+        return lax.reduce_precision(x, info.nexp, info.nmant) if info.bits < 32 else x
+
     pairs = zip(theta, jax.tree.leaves(steps), partition.index, strict=True)
     return treedef.unflatten([x if g < 0 else minus(x, step) for x, step, g in pairs])
 
@@ -475,7 +497,7 @@ def _flat_params_explained(params):
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)) and jnp.ndim(params) == 1:
             error.add_note(
                 "The params are one vector, as they are inside optax.flatten, where neither labels nor value_fn fit."
-                " Flatten the direction alone: grouped_newton(direction=optax.flatten(optax.scale_by_adam(0.8, 0.95)))"
+                " Flatten the direction alone: grouped_newton(direction=optax.flatten(scale_by_adaptive_momentum()))"
             )
         raise
 

@@ -272,7 +272,7 @@ def test_training_on_local_batches_is_training_on_the_whole_batch(x64, kind):
     params, _, x, y = local_problem()
 
     def train(params, _, x, y, axis_name=None):
-        tx = gn.grouped_newton(0.5, gn.groups.per_tensor, refresh_every=2, axis_name=axis_name)
+        tx = gn.grouped_newton(1.0, gn.groups.per_tensor, refresh_every=2, axis_name=axis_name)
         mean = lambda p: lax.pmean(plain_loss(p, x, y), axis_name) if axis_name else plain_loss(p, x, y)
 
         def step(carry, _):
@@ -284,11 +284,12 @@ def test_training_on_local_batches_is_training_on_the_whole_batch(x64, kind):
             updates, state = tx.update(grads, state, params, value_fn=local, value=local(params))
             return (optax.apply_updates(params, updates), state), None
 
-        return lax.scan(step, (params, tx.init(params)), length=3)[0]
+        return lax.scan(step, (params, tx.init(params)), length=6)[0]
 
     expected = jax.jit(train)(params, params, x, y)
     found = on_every_device(functools.partial(train, axis_name=DATA), kind, DATA, DIVIDED)(params, params, x, y)
     assert_close(found, expected, rtol=1e7 * EPS64)
+    assert np.all(expected[1][1].noiseless)
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
