@@ -15,6 +15,7 @@ from grouped_newton import placement
 from grouped_newton import progress as _progress
 from grouped_newton import rates as _rates
 from grouped_newton.averaging import average_params
+from grouped_newton.convolutions import canonical
 from grouped_newton.cubic import CubicStatus, all_finite, total
 from grouped_newton.direction import scale_by_adaptive_momentum
 from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
@@ -210,14 +211,17 @@ def scale_by_grouped_newton(
             progress = _progress.observe(progress, value, scale_rule)
 
         def refresh(state):
-            summary = summarize(
-                loss_fn,
-                params,
-                updates,
-                _grouping(groups, params),
-                method=method,
-                max_stack=max_stack,
-                axis_name=axis_name,
+            summary = canonical(
+                lambda: summarize(
+                    loss_fn,
+                    params,
+                    updates,
+                    _grouping(groups, params),
+                    method=method,
+                    max_stack=max_stack,
+                    axis_name=axis_name,
+                ),
+                loss=lambda: loss_fn(params),
             )
             decay = jnp.where(state.noiseless, summary_decay**_NOISELESS_DECAY, summary_decay)
             state = _refreshed(state, summary, damping_at(state), rates, decay)
@@ -232,7 +236,8 @@ def scale_by_grouped_newton(
 
                 def trial(eta, scale):
                     eta = used(eta, scale)
-                    after = placement.mean(loss_fn(_moved(partition, params, partition.scale(eta, updates))), axis_name)
+                    moved = _moved(partition, params, partition.scale(eta, updates))
+                    after = placement.mean(canonical(lambda: loss_fn(moved), loss=lambda: loss_fn(moved)), axis_name)
                     error = _rates.model_error(summary, eta, after)
                     return error._replace(reliable=error.reliable & judged, gross=error.gross & judged), after
 
