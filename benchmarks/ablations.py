@@ -56,6 +56,26 @@ def to_zero(steps, **options):
     return gn.grouped_newton(optax.cosine_decay_schedule(1.0, steps), **options)
 
 
+def limited_growth(factor):
+    """Rates that grow by at most ``factor`` a step, from their first values on."""
+    tx, last = gn.grouped_newton(averaging=None), gn.average_params(0.1)
+
+    def init(params):
+        newton = tx.init(params)
+        return newton, jnp.zeros_like(newton[1].eta), last.init(params)
+
+    def update(updates, state, params, **extra_args):
+        updates, newton = tx.update(updates, state[0], params, **extra_args)
+        eta = newton[1].eta
+        allowed = jnp.where(state[1] > 0, jnp.minimum(eta, factor * state[1]), eta)
+        partition = gn.groups.resolve(gn.groups.per_module, params)
+        updates = partition.scale(jnp.where(eta > 0, allowed / eta, 0), updates)
+        updates, average = last.update(updates, state[2], params)
+        return updates, (newton, allowed, average)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class Variant:
     """gn.grouped_newton with some options; ``curvature`` as in training.run: the gradient's own batch by default."""
 
@@ -88,13 +108,16 @@ VARIANTS = {
     "`growing_period(10)`": Variant(refresh_every=gn.growing_period(10)),
     "`growing_period(40)`": Variant(refresh_every=gn.growing_period(40)),
     "curvature on another batch": Variant(curvature=1),
+    "curvature on four other batches": Variant(curvature=4),
     "a group a tensor": Variant(groups=gn.groups.per_tensor),
     "one group": Variant(groups=gn.groups.single),
     "at most 2 groups": Variant(groups=functools.partial(gn.groups.per_module, max_groups=2)),
     "damping fixed at 1": Variant(internal_damping=1.0),
+    "damping fixed at 10": Variant(internal_damping=10.0),
     "damping with floor 0.1": Variant(internal_damping=gn.adaptive_damping(floor=0.1)),
     "no third order": Variant(internal_damping=0.0),
     "third order replaced by hbar^1.5": Variant(rates=edge_of(third_from_second)),
+    "rates grow by at most 5 % a step": Variant(functools.partial(limited_growth, 1.05)),
     "no scale rule": Variant(scale_rule=None),
     "no `value` passed": Variant(no_value),
     "no averaging": Variant(averaging=None),

@@ -75,7 +75,9 @@ def scale_by_adaptive_momentum(
     def init(params):
         kept = lambda x: jnp.zeros_like(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
         zeros = lambda: jax.tree.map(kept, params)
-        return AdaptiveMomentumState(zeros(), zeros(), jnp.ones(2))
+        dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+        widest = jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.issubdtype(d, jnp.floating)))
+        return AdaptiveMomentumState(zeros(), zeros(), jnp.ones(2, widest))
 
     def update(updates, state, params=None, *, noiseless=False, **extra_args):
         del params, extra_args

@@ -186,7 +186,7 @@ def test_frozen_leaves_are_not_averaged_and_come_back_as_they_are_now():
     loss = lambda p: jnp.sum(p["w"] ** 2 * p["stuck"])
     state = tx.init(params)
     averages = [x for x in jax.tree.leaves(state) if x.shape == (2,)]
-    assert len(averages) == 5  # two moments of both float leaves, and the average of w alone
+    assert len(averages) == 6  # two moments of both float leaves, what they have forgotten, and the average of w alone
     direction = {"n": jnp.zeros(3, jnp.int32), "stuck": jnp.zeros(2), "w": 2 * params["w"]}
     updates, state = jax.jit(lambda u, s: tx.update(u, s, params, value_fn=loss))(direction, state)
     now = {**params, "stuck": jnp.full(2, 5.0), "n": params["n"] + 1}
