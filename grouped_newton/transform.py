@@ -15,7 +15,7 @@ from grouped_newton import placement
 from grouped_newton import progress as _progress
 from grouped_newton import rates as _rates
 from grouped_newton.averaging import average_params
-from grouped_newton.convolutions import canonical
+from grouped_newton.convolutions import caller
 from grouped_newton.cubic import CubicStatus, all_finite, total
 from grouped_newton.direction import scale_by_adaptive_momentum
 from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
@@ -211,7 +211,8 @@ def scale_by_grouped_newton(
             progress = _progress.observe(progress, value, scale_rule)
 
         def refresh(state):
-            summary = canonical(
+            call = caller(lambda: loss_fn(params))
+            summary = call(
                 lambda: summarize(
                     loss_fn,
                     params,
@@ -220,8 +221,7 @@ def scale_by_grouped_newton(
                     method=method,
                     max_stack=max_stack,
                     axis_name=axis_name,
-                ),
-                loss=lambda: loss_fn(params),
+                )
             )
             decay = jnp.where(state.noiseless, summary_decay**_NOISELESS_DECAY, summary_decay)
             state = _refreshed(state, summary, damping_at(state), rates, decay)
@@ -237,7 +237,7 @@ def scale_by_grouped_newton(
                 def trial(eta, scale):
                     eta = used(eta, scale)
                     moved = _moved(partition, params, partition.scale(eta, updates))
-                    after = placement.mean(canonical(lambda: loss_fn(moved), loss=lambda: loss_fn(moved)), axis_name)
+                    after = placement.mean(call(lambda: loss_fn(moved)), axis_name)
                     error = _rates.model_error(summary, eta, after)
                     return error._replace(reliable=error.reliable & judged, gross=error.gross & judged), after
 
@@ -295,20 +295,20 @@ def grouped_newton(
     """An optimizer that computes its learning rates, one per group of parameters.
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
-    optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with the defaults
-    that train best untuned: Adam's direction with a short memory,
-    :func:`scale_by_adaptive_momentum`, a group a module, :func:`edge_rates` of a summary every 20
-    steps averaged over about 130, a damping that follows the model's error, a scale that follows
-    the loss, and an
-    average of the parameters to evaluate at, ``eval_params(state, params)``. Pass
-    ``value``, the loss of the step, to ``update``: the scale reacts sooner and to spikes.
-    From it the optimizer also sees where there is no noise, as on the full batch: the loss after
-    a refresh's step is then the one that the refresh found. The direction's ``update`` is told so,
-    ``noiseless=True`` (one given to ``update`` is handed on instead), and the default one has a
-    longer memory; the average of the summaries has a shorter one, ``summary_decay`` to the fourth
-    power. It can't be seen where ``value`` isn't passed, the learning rate isn't 1 or the damping
-    doesn't adapt, where noise is assumed, nor on a batch that is used for several steps in a row,
-    which looks noiseless.
+    optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with the
+    defaults that train best untuned: Adam's direction with a short memory,
+    :func:`scale_by_adaptive_momentum`, a group a module, :func:`edge_rates` of a summary
+    every 20 steps averaged over about 130, a damping that follows the model's error, a
+    scale that follows the loss, and an average of the parameters to evaluate at,
+    ``eval_params(state, params)``. Pass ``value``, the loss of the step, to ``update``:
+    the scale reacts sooner and to spikes. From it the optimizer also sees where there is
+    no noise, as on the full batch: the loss after a refresh's step is then the one that
+    the refresh found. The direction's ``update`` is told so, ``noiseless=True`` (one
+    given to ``update`` is handed on instead), and the default one has a longer memory;
+    the average of the summaries has a shorter one, ``summary_decay`` to the fourth power.
+    It can't be seen where ``value`` isn't passed, the learning rate isn't 1 or the
+    damping doesn't adapt, where noise is assumed, nor on a batch that is used for several
+    steps in a row, which looks noiseless.
 
     Numbers of the gradient that aren't finite, or whose square isn't, count as zeros; where all
     are, the momentum alone makes the step. What a direction makes of all others is kept, so
@@ -318,10 +318,10 @@ def grouped_newton(
       learning_rate: a factor on all computed rates, or a schedule of the step;
         the paper's lambda_1. 1 by default.
       groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
-      direction: a transform that makes the direction from the gradient, neither
-        negated nor scaled: ``scale_by_adaptive_momentum()`` (the default) or
-        ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. Weight decay goes inside it, clipping before it. A
-        negated direction gets negative rates: nothing moves unless
+      direction: a transform that makes the direction from the gradient, neither negated
+        nor scaled: ``scale_by_adaptive_momentum()`` (the default) or
+        ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. Weight decay goes inside it,
+        clipping before it. A negated direction gets negative rates: nothing moves unless
         ``nonnegative=False``, and the state's ``uphill`` counts.
       internal_damping: lambda >= 0, without unit, a schedule of the step, or
         :func:`adaptive_damping`, the default.
@@ -373,7 +373,7 @@ def grouped_newton(
         raise TypeError(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
-    direction = _of_fine_numbers(direction, groups)
+    direction = _of_fine_numbers(direction)
     transforms = [
         scale_by_grouped_newton(
             groups,
@@ -402,7 +402,7 @@ def grouped_newton(
     return optax.GradientTransformationExtraArgs(lambda params: (direction.init(params), *rest.init(params)), update)
 
 
-def _of_fine_numbers(direction, groups):
+def _of_fine_numbers(direction):
     """The direction of a gradient whose bad numbers are zeros; elementwise, so that it costs no pass of its own."""
     direction = optax.with_extra_args_support(direction)
 

@@ -267,6 +267,31 @@ def plain_loss(params, x, y):
     return jnp.mean((jnp.sin(hidden @ params["c"][0]) @ params["d"] - y) ** 2)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_step_with_convolutions_on_a_divided_batch_is_that_of_one_device(x64, axis_type):
+    """A refresh takes them in another layout, in which shardings are permuted too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (8, 3, 6, 6))
+    params = [jax.random.normal(keys[1], (4, 3, 3, 3)), jax.random.normal(keys[2], (2, 4, 3, 3))]
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(lax.conv(x, w, (1, 1), "SAME"))
+        return jnp.mean(x**2)
+
+    @jax.jit
+    def step(params, x):
+        tx = gn.grouped_newton()
+        value, grads = jax.value_and_grad(loss)(params, x)
+        return tx.update(grads, tx.init(params), params, value=value, value_fn=lambda p: loss(p, x))
+
+    mesh = mesh_of((8,), (DATA,), axis_type)
+    with jax.set_mesh(mesh):
+        whole, divided = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((params, P()), (x, P(DATA))))
+        found = step(whole, divided)
+    assert_close(found, step(params, x), rtol=1e4 * EPS64)
+
+
 @pytest.mark.parametrize("kind", ["tracked", "untracked", "pmap"])
 def test_training_on_local_batches_is_training_on_the_whole_batch(x64, kind):
     params, _, x, y = local_problem()
