@@ -1,9 +1,9 @@
-"""Trains one network on scikit-learn's digits three times: with SGD, with Adam and with grouped_newton.
+"""Trains one network on scikit-learn's digits with SGD, AdamW, Adam and grouped_newton, on the same batches.
 
-Prints a table and draws the losses, the rate of every group over time and the
-curvature between groups. All three see the same gradient batches; grouped_newton
-takes its curvature from other batches of the training set, and is evaluated at
-the average of the parameters that it keeps.
+AdamW warms up for 5 % of the steps and falls to 0 by a cosine. Adam has a constant
+rate; it and grouped_newton are evaluated at an average of their parameters. Prints
+a table and draws the losses on the test set, the rate of every group over time and
+the curvature between groups.
 """
 
 import argparse
@@ -50,11 +50,12 @@ class Run(NamedTuple):
     """What one training leaves behind."""
 
     train_loss: float
+    test_loss: float
     test_accuracy: float
     seconds: float
     compile_seconds: float
     steps: np.ndarray  # (T,)
-    losses: np.ndarray  # (T,), on the whole training set
+    losses: np.ndarray  # (T,), on the test set
     opt_states: list  # T of them
 
 
@@ -68,54 +69,66 @@ def load_data(seed):
     return (jnp.asarray(x_train), jnp.asarray(y_train)), (jnp.asarray(x_test), jnp.asarray(y_test))
 
 
-def evaluated(name, opt_state, params):
-    """The params to evaluate at: grouped_newton's average, and as they are with SGD and Adam."""
-    return gn.eval_params(opt_state, params) if name == NEWTON else params
+def make_optimizers(adamw_rates, steps):
+    """What is compared, by name."""
+    optimizers = {"SGD 0.1, momentum 0.9": optax.sgd(0.1, momentum=0.9)}
+    for rate in adamw_rates:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=steps // 20, decay_steps=steps)
+        optimizers[f"AdamW {rate:g}, cosine"] = optax.adamw(schedule)
+        optimizers[f"Adam {rate:g}, averaged"] = optax.chain(optax.adam(rate), gn.average_params())
+    return optimizers | {NEWTON: gn.grouped_newton()}
+
+
+def evaluated(opt_state, params):
+    """The params to evaluate at: their average where the optimizer keeps one."""
+    averages = optax.tree.get(opt_state, "AverageParamsState") is not None
+    return gn.eval_params(opt_state, params) if averages else params
 
 
 def train(name, tx, train_set, test_set, steps, seed):
     """Trains a new network; the seed fixes its weights and all batches."""
     graphdef, params = nnx.split(Network(nnx.Rngs(seed)), nnx.Param)
-    tx = optax.with_extra_args_support(tx)  # lets SGD and Adam ignore value and value_fn
+    tx = optax.with_extra_args_support(tx)  # lets the others ignore value and value_fn
 
     def loss_fn(params, batch):
         images, labels = batch
         logits = nnx.merge(graphdef, params)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def step(params, opt_state, indices, curvature_indices):
-        batch, curvature_batch = ((train_set[0][i], train_set[1][i]) for i in (indices, curvature_indices))
+    def step(params, opt_state, indices):
+        batch = train_set[0][indices], train_set[1][indices]
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        value_fn = lambda p: loss_fn(p, curvature_batch)
+        value_fn = lambda p: loss_fn(p, batch)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss, value_fn=value_fn)
         return optax.apply_updates(params, updates), opt_state
 
-    batches = np.random.default_rng(seed).integers(len(train_set[0]), size=(steps, 2, BATCH))
+    batches = np.random.default_rng(seed).integers(len(train_set[0]), size=(steps, BATCH))
     opt_state = tx.init(params)
-    full_loss = jax.jit(lambda opt_state, params: loss_fn(evaluated(name, opt_state, params), train_set))
-    history = [(0, float(full_loss(opt_state, params)), opt_state)]
+    test_loss = jax.jit(lambda opt_state, params: loss_fn(evaluated(opt_state, params), test_set))
+    history = [(0, float(test_loss(opt_state, params)), opt_state)]
     seconds = 0.0
     with tqdm(total=steps, desc=f"{name:<22}", unit="step") as bar:
         bar.set_postfix_str("compiling")
         start = time.perf_counter()
-        compiled_step = jax.jit(step).lower(params, opt_state, *batches[0]).compile()
+        compiled_step = jax.jit(step).lower(params, opt_state, batches[0]).compile()
         compile_seconds = time.perf_counter() - start
         for first in range(0, steps, RECORD_EVERY):
             chunk = batches[first : first + RECORD_EVERY]
             start = time.perf_counter()
-            for indices, curvature_indices in chunk:
-                params, opt_state = compiled_step(params, opt_state, indices, curvature_indices)
+            for indices in chunk:
+                params, opt_state = compiled_step(params, opt_state, indices)
             jax.block_until_ready(params)
             seconds += time.perf_counter() - start
-            history.append((first + len(chunk), float(full_loss(opt_state, params)), opt_state))
-            bar.set_postfix_str(f"train loss {history[-1][1]:.4f}", refresh=False)
+            history.append((first + len(chunk), float(test_loss(opt_state, params)), opt_state))
+            bar.set_postfix_str(f"test loss {history[-1][1]:.4f}", refresh=False)
             bar.update(len(chunk))
 
     images, labels = test_set
-    logits = nnx.merge(graphdef, evaluated(name, opt_state, params))(images)
-    accuracy = jnp.mean(logits.argmax(axis=1) == labels)
+    params = evaluated(opt_state, params)
+    accuracy = float(jnp.mean(nnx.merge(graphdef, params)(images).argmax(axis=1) == labels))
     at, losses, opt_states = zip(*history, strict=True)
-    return Run(losses[-1], float(accuracy), seconds, compile_seconds, np.array(at), np.array(losses), list(opt_states))
+    results = float(loss_fn(params, train_set)), losses[-1], accuracy, seconds, compile_seconds
+    return Run(*results, np.array(at), np.array(losses), list(opt_states))
 
 
 def draw(runs, group_names, path):
@@ -137,13 +150,13 @@ def draw(runs, group_names, path):
     for i, (name, run) in enumerate(runs.items()):
         colour, dashes = ("#4B2A82", "-") if name == NEWTON else styles[i % len(styles)]
         ax.plot(run.steps, run.losses, label=name, color=colour, linestyle=dashes, linewidth=2)
-    ax.set(yscale="log", ylabel="loss on the training set")
-    ax.legend(ncols=3, **legend_above)
+    ax.set(yscale="log", ylabel="loss on the test set")
+    ax.legend(ncols=2, **legend_above)
 
     ax = panels["rates"]
     states = [optax.tree.get(state, "GroupedNewtonState") for state in newton.opt_states]
-    eta, scale = np.stack([state.eta for state in states[1:]]), np.stack([state.scale for state in states[1:]])
-    plotting.plot_rates(ax, newton.steps[1:], eta, group_names, scale=scale)
+    eta, caution = (np.stack([getattr(state, name) for state in states[1:]]) for name in ("eta", "caution"))
+    plotting.plot_rates(ax, newton.steps[1:], eta, group_names, caution=caution)
     ax.axhline(1e-3, color="0.5", linewidth=1, zorder=0)
     ax.annotate("Adam's default", (0.01, 1e-3), (0, 3), ax.get_yaxis_transform(), "offset points", color="0.35")
     ax.set_ylim(bottom=min(ax.get_ylim()[0], 3e-4))
@@ -163,11 +176,10 @@ def draw(runs, group_names, path):
 def table(runs):
     """The results as text, one run a line."""
     width = max(map(len, runs))
-    lines = [f"{'optimizer':<{width}}  train loss  test accuracy  seconds  compilation"]
-    lines += [
-        f"{name:<{width}}  {r.train_loss:10.5f}  {r.test_accuracy:13.1%}  {r.seconds:7.2f}  {r.compile_seconds:11.2f}"
-        for name, r in runs.items()
-    ]
+    lines = [f"{'optimizer':<{width}}  train loss  test loss  test accuracy  seconds  compilation"]
+    for name, r in runs.items():
+        results = f"{r.train_loss:10.5f}  {r.test_loss:9.4f}  {r.test_accuracy:13.1%}"
+        lines.append(f"{name:<{width}}  {results}  {r.seconds:7.2f}  {r.compile_seconds:11.2f}")
     return "\n".join(lines)
 
 
@@ -177,26 +189,22 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="picture (default: out/digits.png)")
     parser.add_argument(
-        "--adam", type=float, nargs="+", default=[1e-3], metavar="RATE", help="Adam's rates (default: its own, 1e-3)"
+        "--adamw", type=float, nargs="+", default=[1e-2], metavar="RATE", help="of AdamW and Adam (default: 1e-2)"
     )
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.seed < 0:
         parser.error(f"--seed must be at least 0, got {arguments.seed}")
-    if min(arguments.adam) <= 0:
-        parser.error(f"--adam takes positive rates, got {min(arguments.adam)}")
+    if min(arguments.adamw) <= 0:
+        parser.error(f"--adamw takes positive rates, got {min(arguments.adamw)}")
     return arguments
 
 
 def main():
     arguments = parse_arguments()
     train_set, test_set = load_data(arguments.seed)
-    optimizers = {
-        "SGD 0.1, momentum 0.9": optax.sgd(0.1, momentum=0.9),
-        **{f"Adam {rate:g}": optax.adam(rate) for rate in arguments.adam},
-        NEWTON: gn.grouped_newton(),
-    }
+    optimizers = make_optimizers(arguments.adamw, arguments.steps)
     runs = {
         name: train(name, tx, train_set, test_set, arguments.steps, arguments.seed) for name, tx in optimizers.items()
     }

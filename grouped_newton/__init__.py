@@ -6,8 +6,6 @@ See ``grouped_newton`` for the optimizer and ``summarize`` for the derivatives.
 from grouped_newton import groups
 from grouped_newton.averaging import AverageParamsState, average_params, eval_params
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
-from grouped_newton.direction import scale_by_adaptive_momentum
-from grouped_newton.progress import success_rule
 from grouped_newton.rates import AdaptiveDamping, ModelError, adaptive_damping, cubic_rates, edge_rates, growing_period
 from grouped_newton.summary import Summary, summarize
 from grouped_newton.transform import GroupedNewtonState, grouped_newton, scale_by_grouped_newton
@@ -30,9 +28,7 @@ __all__ = [
     "grouped_newton",
     "groups",
     "growing_period",
-    "scale_by_adaptive_momentum",
     "scale_by_grouped_newton",
     "solve_cubic",
-    "success_rule",
     "summarize",
 ]

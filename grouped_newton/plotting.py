@@ -1,7 +1,7 @@
 """Pictures of rates and curvatures, drawn on Axes that the caller makes.
 
-  steps (T,)     eta (T, S), scale (T,)   rates and the factor on them, as the state keeps them
-  hbar (S, S)    curvatures between groups                       names  S group names
+  steps (T,)     eta (T, S), caution (T,)   rates and the factor on them, as the state keeps them
+  hbar (S, S)    curvatures between groups                         names  S group names
 
 Needs matplotlib (``pip install "grouped_newton[plot]"``); ``grouped_newton``
 itself never imports this module.
@@ -22,13 +22,13 @@ _SMALL_TABLE = 12
 
 
 def plot_rates(
-    ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, scale: Any = 1.0, learning_rate: Any = 1.0
+    ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, caution: Any = 1.0, learning_rate: Any = 1.0
 ) -> list[Line2D]:
     """Draws the rate of every group over time, on a logarithmic axis.
 
     What is drawn is the rate that was applied::
 
-      learning_rate * scale * max(eta_s, 0)
+      learning_rate * caution * max(eta_s, 0)
 
     A logarithmic axis has no zero: where a rate is zero its line has a gap, and a
     triangle stands in the group's row at the bottom of the axes.
@@ -38,7 +38,7 @@ def plot_rates(
       steps: when the rates were in force, shape (T,), in steps.
       eta: the state's ``eta`` at these steps, shape (T, S).
       names: the group names, of length S, as ``groups.names`` gives them.
-      scale: the state's ``scale`` at these steps, shape (T,) or (), 1 by default.
+      caution: the state's ``caution`` at these steps, shape (T,) or (), 1 by default.
       learning_rate: the factor on all rates, shape (T,) or (), 1 by default.
 
     Returns:
@@ -63,7 +63,7 @@ def plot_rates(
             f" {len(names)} names; stack the state's eta over time"
         )
     rates = np.maximum(eta, 0)
-    for name, factor in (("scale", scale), ("learning_rate", learning_rate)):
+    for name, factor in (("caution", caution), ("learning_rate", learning_rate)):
         factor = np.asarray(factor, dtype=float)
         if factor.shape not in ((), steps.shape):
             raise ValueError(f"{name} must be one number or of shape {steps.shape} as steps, got shape {factor.shape}")

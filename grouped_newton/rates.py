@@ -142,8 +142,8 @@ def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> Mode
       loss_after: L(theta - sum_s eta_s u_s), (), in the loss's own dtype.
 
     Returns:
-      A :class:`ModelError`. The quotient isn't reliable where the curvature term
-      isn't positive or the decrease is within 16 units of rounding of the loss.
+      A :class:`ModelError`. The quotient isn't reliable where the curvature term, its
+      denominator, or the decrease is within 16 units of rounding of the loss.
     """
     slope = total(summary.gbar * eta)
     curvature = _quadratic_form(summary.hbar, eta) / 2
@@ -152,12 +152,12 @@ def model_error(summary: Summary, eta: jax.Array, loss_after: jax.Array) -> Mode
     eps = max(jnp.finfo(loss_after.dtype).eps, jnp.finfo(eta.dtype).eps)
     rounding = 16 * float(eps) * jnp.abs(summary.loss)
     quotient = jnp.abs(excess) / jnp.where(curvature > 0, curvature, 1)
-    reliable = (curvature > 0) & (jnp.abs(slope - curvature) > rounding) & jnp.isfinite(quotient)
+    reliable = (curvature > rounding) & (jnp.abs(slope - curvature) > rounding) & jnp.isfinite(quotient)
     gross = ~(excess <= jnp.abs(slope) + jnp.abs(curvature) + rounding)
     return ModelError(quotient, reliable, gross)
 
 
-def adaptive_damping(initial: float = 1.0, floor: float = 1.0) -> AdaptiveDamping:
+def adaptive_damping(initial: float = 1.0, floor: float = 1.0, ceiling: float = 10.0) -> AdaptiveDamping:
     """An internal damping that follows the error of the quadratic model.
 
     At each refresh, on its own batch and with the rates about to be used::
@@ -165,19 +165,23 @@ def adaptive_damping(initial: float = 1.0, floor: float = 1.0) -> AdaptiveDampin
       error = |actual - quadratic decrease| / (eta^T hbar eta / 2)
 
     Above 1/2 the damping doubles, below 1/10 it halves. Where the step is grossly
-    worse than the model, or not finite, it is multiplied by 4, and the rates are halved
-    at once until they aren't, ten times at most. It costs one more evaluation of the
-    loss per refresh, and one for each halving but the tenth.
+    worse than the model, or not finite, it is multiplied by 4, the rates are halved, and
+    the next step refreshes again. It costs one more evaluation of the loss per refresh.
+
+    The cubic term is of the third order: it can't mend an error that shrinks no faster than the
+    curvature term, as that of a loss with kinks, and would rise for ever. So it is bounded, by
+    default at 10, the top of the range in which the paper tunes it.
 
     Args:
       initial: the damping at the start, positive, without unit.
       floor: the least damping, positive.
+      ceiling: the largest damping.
 
     Returns:
       An :class:`AdaptiveDamping`, for ``internal_damping``.
 
     Raises:
-      ValueError: if ``floor`` isn't positive and finite or ``initial`` is below it.
+      ValueError: unless 0 < ``floor`` <= ``initial`` <= ``ceiling``, all finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -186,26 +190,27 @@ def adaptive_damping(initial: float = 1.0, floor: float = 1.0) -> AdaptiveDampin
       >>> float(rule.update(jnp.array(1.0), error))
       2.0
     """
-    if not any(isinstance(x, jax.core.Tracer) for x in (initial, floor)) and not 0 < floor <= initial < float("inf"):
+    options = (floor, initial, ceiling)
+    if not any(isinstance(x, jax.core.Tracer) for x in options) and not 0 < floor <= initial <= ceiling < float("inf"):
         raise ValueError(
-            f"adaptive_damping needs 0 < floor <= initial, both finite, got initial={initial!r} and floor={floor!r}"
+            "adaptive_damping needs 0 < floor <= initial <= ceiling, all finite,"
+            f" got floor={floor!r}, initial={initial!r} and ceiling={ceiling!r}"
         )
 
     def update(damping, error):
         factor = jnp.where(error.quotient > 0.5, 2.0, jnp.where(error.quotient < 0.1, 0.5, 1.0))
         factor = jnp.where(error.gross, 4.0, jnp.where(error.reliable, factor, 1.0))
-        largest = jnp.sqrt(jnp.finfo(damping.dtype).max)
-        return jnp.clip(damping * factor.astype(damping.dtype), floor, largest)
+        return jnp.clip(damping * factor.astype(damping.dtype), floor, ceiling)
 
     return AdaptiveDamping(initial, update)
 
 
-def growing_period(longest: int = 20) -> Callable[[jax.Array], jax.Array]:
+def growing_period(longest: int = 10) -> Callable[[jax.Array], jax.Array]:
     """Steps to the next refresh: few at the start, where rates change fastest, then ``longest``.
 
     ::
 
-      period(count) = min(1 + count // 2, longest)
+      period(count) = min(1 + count // 10, longest)
 
     Args:
       longest: at least 1.
@@ -217,11 +222,11 @@ def growing_period(longest: int = 20) -> Callable[[jax.Array], jax.Array]:
       ValueError: if ``longest`` isn't an integer of at least 1.
 
     Example:
-      >>> [int(growing_period()(count)) for count in (0, 1, 10, 100)]
-      [1, 1, 6, 20]
+      >>> [int(growing_period()(count)) for count in (0, 10, 50, 100)]
+      [1, 2, 6, 10]
     """
     check_period("longest", longest)
-    return lambda count: jnp.minimum(1 + count // 2, longest)
+    return lambda count: jnp.minimum(1 + count // 10, longest)
 
 
 def check_period(name, period):

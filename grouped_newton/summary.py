@@ -201,33 +201,6 @@ def _third_derivative(f, theta, u):
     return derivative(derivative(derivative(f)))(theta)
 
 
-def running_average(average: Summary, new: Summary, decay: Any, count: Any) -> Summary:
-    """The bias-corrected exponential average of summaries, after ``count`` of them.
-
-    With w = (1 - decay) / (1 - decay^count), the same for gbar, hbar and |third|::
-
-      average <- (1 - w) average + w new
-
-    so the first is taken as it is, and decay 0 keeps the latest. ``third`` holds
-    |third|, ``loss`` the latest.
-
-    Args:
-      average: the average of the ``count - 1`` summaries before.
-      new: the summary to add.
-      decay: in [0, 1).
-      count: the number of summaries including ``new``, at least 1.
-
-    Returns:
-      The new average.
-    """
-    dtype = new.gbar.dtype
-    decay = jnp.asarray(decay, dtype)
-    w = (1 - decay) / (1 - decay ** jnp.asarray(count, dtype))
-    mix = lambda old, x: (1 - w) * old + w * x
-    new = new._replace(third=jnp.abs(new.third))
-    return jax.tree.map(mix, average, new)._replace(loss=new.loss)
-
-
 def zeros(num_groups: int, dtype: Any) -> Summary:
     """A summary of zeros."""
     z = lambda *shape: jnp.zeros(shape, dtype)

@@ -10,18 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from grouped_newton import annealing, placement, spikes
 from grouped_newton import groups as _groups
-from grouped_newton import placement
-from grouped_newton import progress as _progress
+from grouped_newton import memory as _memory
 from grouped_newton import rates as _rates
-from grouped_newton.averaging import average_params
+from grouped_newton.averaging import average_params, eval_params
 from grouped_newton.convolutions import caller
 from grouped_newton.cubic import CubicStatus, all_finite, total
-from grouped_newton.direction import scale_by_adaptive_momentum
-from grouped_newton.summary import Summary, check_options, running_average, summarize, summary_dtype, zeros
+from grouped_newton.summary import check_options, summarize, summary_dtype
 
-_MOST_HALVINGS = 10
-_NOISELESS_DECAY = 4  # without noise an average needs no more than a quarter of the summaries
+_LEAST_CAUTION = 2.0**-10
 
 
 class GroupedNewtonState(NamedTuple):
@@ -30,9 +28,9 @@ class GroupedNewtonState(NamedTuple):
     Attributes:
       count: steps taken, int32 ().
       next_refresh: the step at which the next refresh is due, int32 ().
-      eta: the rule's rates, unclipped, before scale and learning rate, (S,);
-        halved where the loss showed at once that they were grossly too large.
-      scale: factor on all rates, 1 without a scale rule, ().
+      last_refresh: the step of the last one, int32 ().
+      eta: the rates, unclipped, before caution and the learning rate, (S,).
+      caution: factor on all rates, 1 but after a spike in the loss, ().
       damping: the internal damping, of the last refresh or, where it adapts, for
         the next one, ().
       model_error: quotient of the last refresh where the damping adapts, see
@@ -40,36 +38,41 @@ class GroupedNewtonState(NamedTuple):
       loss: the loss at the last refresh, ().
       gbar, hbar, third: running averages of the summary, third being |third|,
         (S,), (S, S), (S,).
+      recent: |hbar_ss| of about the last five summaries, (S,).
+      progress: slope and curvature from the averaged params to the params, zeros
+        where no average is given, (2,).
+      start: root of the mean square of each group at ``init``, (S,).
+      losses: mean and deviation of the steps' losses, where they are given, (2,).
       status: outcome of the last refresh, int32 (), names in ``CubicStatus``.
       refreshes: summaries in the average, int32 ().
       rejected: refreshes that changed no rate, for want of finite numbers or of
         a minimiser, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
-      window: sum, spread, count, peak, last mean and deviation of the losses that
-        the scale rule judges by, the loss predicted for the next step and how often
-        lately it came true, see :mod:`grouped_newton.progress`, (8,).
+      direction: where summaries are delayed, the last step's direction, like the params.
+      origin: where summaries are delayed, the params where that step began.
     """
 
     count: jax.Array
     next_refresh: jax.Array
+    last_refresh: jax.Array
     eta: jax.Array
-    scale: jax.Array
+    caution: jax.Array
     damping: jax.Array
     model_error: jax.Array
     loss: jax.Array
     gbar: jax.Array
     hbar: jax.Array
     third: jax.Array
+    recent: jax.Array
+    progress: jax.Array
+    start: jax.Array
+    losses: jax.Array
     status: jax.Array
     refreshes: jax.Array
     rejected: jax.Array
     uphill: jax.Array
-    window: jax.Array
-
-    @property
-    def noiseless(self) -> jax.Array:
-        """Whether the losses of the steps are those that the refreshes before them found, bool ()."""
-        return _progress.noiseless(self.window[..., -1])
+    direction: Any
+    origin: Any
 
 
 def scale_by_grouped_newton(
@@ -78,8 +81,8 @@ def scale_by_grouped_newton(
     internal_damping: float | Callable[[jax.Array], Any] | _rates.AdaptiveDamping = 1.0,
     refresh_every: int | Callable[[jax.Array], Any] = 10,
     rates: _rates.RateRule = _rates.cubic_rates(),
-    summary_decay: float = 0.0,
-    scale_rule: _progress.ScaleRule | None = None,
+    summary_memory: float = 0.0,
+    delayed: bool = False,
     nonnegative: bool = True,
     method: str = "sweep",
     max_stack: int | None = None,
@@ -90,13 +93,19 @@ def scale_by_grouped_newton(
     The updates u that come in are a direction, not negated: the gradient, or
     what ``optax.scale_by_adam`` makes of it. What goes out is, on group s::
 
-      scale max(eta_s, 0) u_s,   eta = rates(average of the summaries along u, lambda)
+      max(eta_s, 0) u_s,   eta = rates(average of the summaries along u, lambda)
 
-    Every ``refresh_every`` steps, the first included, the summary of
-    ``value_fn`` along u is taken and eta renewed; in between nothing but the
-    product is computed. ``scale`` is 1 unless there is a ``scale_rule``. The defaults
-    are the paper's; :func:`grouped_newton` is the optimizer with the defaults that
-    train best.
+    Every ``refresh_every`` steps, the first included, a summary is taken and eta renewed; in
+    between nothing but the product is computed. The defaults are the paper's;
+    :func:`grouped_newton` is the optimizer with the defaults that train best.
+
+    *Whose batch.* A direction has seen the batch that its gradient is of: along it that batch's
+    slope is larger than any other's, and rates come out too large. Either pass another batch in
+    ``value_fn``, as the paper does, or set ``delayed``: a summary is then that of the *last* step's
+    direction, from where that step began, on this step's batch, which is new to both. That costs a
+    copy of the direction and one of the params in the state; frozen leaves cost nothing. The first
+    summary of all, which has no step before it, is of the first direction itself, and the second
+    takes its place.
 
     When a refresh finds no minimiser or a number that isn't finite, the last
     rates stay. Before there are any, the edge rule steps in for a rule without
@@ -104,28 +113,26 @@ def scale_by_grouped_newton(
     refreshes again; so it does while all rates are zero. Numbers of the direction
     that aren't finite make no step; at a refresh they leave the rates as they were.
 
-    ``update`` takes ``params`` and ``value_fn``, a function from params to one real
-    number. A scale rule judges by ``value``, the loss of each step, if it is given, and
-    by the losses at refreshes if not, which is less sure and later. With an adaptive
-    damping and ``value``, a step's loss that is what the refresh before it found, to a
-    hundredth of the decrease, shows that there is no noise: where that came true twice at
-    least and lately, the state's ``noiseless`` is True, and the average decays with the
-    fourth power of ``summary_decay``. Extra arguments named in ``value_fn``'s signature
-    are passed to it, others are ignored. Close over the batch inside the jitted step;
-    another batch than the gradient's gives slopes without that batch's noise.
+    ``update`` takes ``params`` and ``value_fn``, a function from params to one real number. Extra
+    arguments named in its signature are passed to it, others are ignored. Close over the batch
+    inside the jitted step. Two more arguments are optional: with ``value``, the loss of each step, and
+    an adaptive damping, a loss far above those before halves the rates at once and makes the next step
+    refresh them; with ``averaged_params``, the average that :func:`average_params` keeps, only the first rates are the
+    rule's: later their ratios stay, and their size follows what that average gains by them, see
+    :mod:`grouped_newton.annealing`. That evaluates the loss three times more per refresh.
 
     Args:
       groups: a grouping, see :mod:`grouped_newton.groups`; per tensor by default.
       internal_damping: lambda >= 0, without unit, a schedule of the step, or
         :func:`adaptive_damping`, which evaluates the loss once more per refresh, and
-        halves rates at once that are grossly too large.
+        halves rates that are grossly too large.
       refresh_every: steps between two summaries, at least 1, or a schedule of the
         step such as :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
-      summary_decay: weight in [0, 1) of the past in the bias-corrected average,
-        per refresh, without noise its fourth power; 0 uses the latest summary alone.
-      scale_rule: ``(scale, whether the loss fell) -> scale``, such as
-        :func:`success_rule`; None keeps the scale at 1.
+      summary_memory: share in [0, 1] of the refreshes so far that summaries are averaged over,
+        and at least ten, see :mod:`grouped_newton.memory`. 0 uses the latest summary alone.
+      delayed: whether a summary is of the last step's direction, see above. The rates are then those of
+        the step before: for a direction whose length doesn't depend on the gradient's, such as Adam's.
       nonnegative: whether negative rates are clipped to 0 when used.
       method: how the summary is computed, see :func:`summarize`.
       max_stack: bounds the memory of a refresh, see :func:`summarize`.
@@ -157,9 +164,10 @@ def scale_by_grouped_newton(
       P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
-    _check_arguments(internal_damping, refresh_every, rates, summary_decay, scale_rule)
+    _check_arguments(internal_damping, refresh_every, rates, summary_memory)
     check_options(method, 3, max_stack)
     adaptive = internal_damping if isinstance(internal_damping, _rates.AdaptiveDamping) else None
+    options = {"method": method, "max_stack": max_stack, "axis_name": axis_name}
 
     def damping_at(state):
         if adaptive:
@@ -171,29 +179,36 @@ def scale_by_grouped_newton(
             return count + jnp.maximum(refresh_every(count), 1).astype(jnp.int32)
         return (count // refresh_every + 1) * refresh_every
 
-    def used(eta, scale):
-        return scale * (jnp.maximum(eta, 0) if nonnegative else eta)
+    def used(eta):
+        return jnp.maximum(eta, 0) if nonnegative else eta
 
     def init(params):
         partition = _resolve(groups, params)
         dtype = summary_dtype(params, partition)
         integer = lambda value: jnp.array(value, jnp.int32)
+        kept = lambda make: _kept(partition, params, make) if delayed else None
         # No two fields share a buffer, so that the state can be donated.
         return GroupedNewtonState(
             count=integer(0),
             next_refresh=integer(0),
+            last_refresh=integer(0),
             eta=jnp.zeros(partition.num_groups, dtype),
+            caution=jnp.ones((), dtype),
             damping=jnp.array(adaptive.initial if adaptive else 0.0, dtype),
             model_error=jnp.zeros((), dtype),
+            **_memory.empty(partition.num_groups, dtype)._asdict(),
+            progress=jnp.zeros(2, dtype),
+            start=_root_mean_squares(partition, params, dtype),
+            losses=jnp.zeros(2, dtype),
             status=integer(CubicStatus.SOLVED),
             refreshes=integer(0),
             rejected=integer(0),
             uphill=integer(0),
-            **zeros(partition.num_groups, dtype)._asdict(),
-            **_progress.pack(_progress.start(dtype)),
+            direction=kept(jnp.zeros_like),
+            origin=kept(jnp.copy),
         )
 
-    def update(updates, state, params=None, *, value_fn=None, **extra_args):
+    def update(updates, state, params=None, *, value_fn=None, averaged_params=None, **extra_args):
         _check_update_arguments(params, value_fn)
         partition = _resolve(groups, params)
         if state.eta.shape != (partition.num_groups,):
@@ -202,76 +217,63 @@ def scale_by_grouped_newton(
                 " these params; call init with the params and grouping that are used in update"
             )
         loss_fn = _with_arguments(value_fn, extra_args)
-        value = extra_args.get("value")
-        value = None if value is None else placement.mean(value, axis_name)
-        progress = _progress.unpack(state.scale, state.window)
-        if adaptive and value is not None:
-            progress = _progress.compare(progress, value, state.loss)
-        if scale_rule and value is not None:
-            progress = _progress.observe(progress, value, scale_rule)
+        value = extra_args.get("value") if adaptive else None
+        if value is not None:
+            losses, spike = spikes.observe(state.losses, placement.mean(value, axis_name), state.count)
+            state = state._replace(losses=losses)
 
         def refresh(state):
             call = caller(lambda: loss_fn(params))
-            summary = call(
-                lambda: summarize(
-                    loss_fn,
-                    params,
-                    updates,
-                    _grouping(groups, params),
-                    method=method,
-                    max_stack=max_stack,
-                    axis_name=axis_name,
-                )
-            )
-            decay = jnp.where(state.noiseless, summary_decay**_NOISELESS_DECAY, summary_decay)
-            state = _refreshed(state, summary, damping_at(state), rates, decay)
-            progress = _progress.unpack(state.scale, state.window)
-            if scale_rule and value is not None:
-                progress = _progress.close_window(progress, scale_rule)
-            elif scale_rule:
-                progress = _progress.judge_refresh(progress, summary.loss, scale_rule)
+            loss_at = lambda x: placement.mean(call(lambda: loss_fn(x)), axis_name)
+            first = state.count == 0
+            u, theta = updates, params
+            if delayed:
+                u = _either(partition, first, updates, state.direction)
+                theta = _either(partition, first, params, state.origin)
+            summary = call(lambda: summarize(loss_fn, theta, u, _grouping(groups, params), **options))
+            if averaged_params is not None:
+                halfway = jax.tree.map(_between, averaged_params, params)
+                progress = annealing.measure(loss_at(averaged_params), loss_at(halfway), loss_at(params))
+                progress = annealing.remember(state.progress, progress, state.refreshes + 1)
+                state = state._replace(progress=progress)
+            levelled = averaged_params is not None
+            state = _refreshed(state, summary, damping_at(state), rates, summary_memory, first & delayed, levelled)
+            if levelled:
+                now, of_direction = (_root_mean_squares(partition, x, state.eta.dtype, axis_name) for x in (theta, u))
+                state = state._replace(eta=annealing.trusted(state.eta, now, state.start, of_direction))
+            again = state.status == CubicStatus.NOT_FINITE
             if adaptive:
+                moved = _moved(partition, theta, partition.scale(used(state.eta), u))
+                error = _rates.model_error(summary, used(state.eta), loss_at(moved))
                 # Without a finite summary nothing is known of the rates.
                 judged = state.status != CubicStatus.NOT_FINITE
-
-                def trial(eta, scale):
-                    eta = used(eta, scale)
-                    moved = _moved(partition, params, partition.scale(eta, updates))
-                    after = placement.mean(call(lambda: loss_fn(moved)), axis_name)
-                    error = _rates.model_error(summary, eta, after)
-                    return error._replace(reliable=error.reliable & judged, gross=error.gross & judged), after
-
-                def halve_if_gross(loop):
-                    trials, eta, scale, _, first, _ = loop
-                    error, after = trial(eta, scale)
-                    first = jax.tree.map(lambda x, e: jnp.where(trials == 0, e, x), first, error)
-                    if scale_rule:
-                        shrunk = scale_rule(scale, False).astype(scale.dtype)
-                        scale = jnp.where(error.gross & (trials == 0), shrunk, scale)
-                    return trials + 1, jnp.where(error.gross, eta / 2, eta), scale, error.gross, first, after
-
-                kinds = jax.eval_shape(trial, state.eta, progress.scale)
-                unknown = jax.tree.map(placement.zeros, kinds)
-                _, eta, scale, gross, error, after = lax.while_loop(
-                    lambda loop: loop[3] & (loop[0] < _MOST_HALVINGS),
-                    halve_if_gross,
-                    (0, state.eta, progress.scale, jnp.array(True), *unknown),
-                )
-                after = jnp.where(judged & ~gross, after, jnp.nan)
-                progress = _progress.predict(progress._replace(scale=scale), after)
+                error = error._replace(reliable=error.reliable & judged, gross=error.gross & judged)
+                again |= error.gross
                 state = state._replace(
-                    eta=eta,
-                    damping=adaptive.update(state.damping, error).astype(eta.dtype),
+                    eta=jnp.where(error.gross, state.eta / 2, state.eta),
+                    damping=adaptive.update(state.damping, error).astype(state.eta.dtype),
                     model_error=jnp.where(error.reliable, error.quotient, 0),
                 )
-            next_refresh = jnp.asarray(refresh_after(state.count), jnp.int32)
-            return state._replace(next_refresh=next_refresh, **_progress.pack(progress))
+            later = jnp.asarray(refresh_after(state.count), jnp.int32)
+            return state._replace(
+                next_refresh=jnp.where(again, state.count + 1, later),
+                last_refresh=state.count,
+                caution=jnp.minimum(2 * state.caution, 1),
+            )
 
         due = (state.count >= state.next_refresh) | _all_zero(state.eta)
-        state = lax.cond(due, refresh, lambda state: state, state._replace(**_progress.pack(progress)))
-        scaled = partition.scale(used(state.eta, state.scale), updates)
-        scaled = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), scaled)
-        return scaled, state._replace(count=optax.safe_increment(state.count))
+        arrays, copies = state._replace(direction=None, origin=None), (state.direction, state.origin)
+        arrays = lax.cond(due, lambda: refresh(state)._replace(direction=None, origin=None), lambda: arrays)
+        if value is not None:
+            arrays = arrays._replace(
+                caution=jnp.where(spike, jnp.maximum(state.caution / 2, _LEAST_CAUTION), arrays.caution),
+                next_refresh=jnp.where(spike, arrays.count + 1, arrays.next_refresh),
+            )
+        if delayed:
+            copies = _kept(partition, updates, _zero_nonfinite, params), _kept(partition, params, jnp.copy)
+        scaled = jax.tree.map(_zero_nonfinite, partition.scale(arrays.caution * used(arrays.eta), updates))
+        count = optax.safe_increment(state.count)
+        return scaled, arrays._replace(count=count, direction=copies[0], origin=copies[1])
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -282,10 +284,10 @@ def grouped_newton(
     *,
     direction: optax.GradientTransformation | None = None,
     internal_damping: float | Callable[[jax.Array], Any] | _rates.AdaptiveDamping = _rates.adaptive_damping(),
-    refresh_every: int | Callable[[jax.Array], Any] = _rates.growing_period(20),
+    refresh_every: int | Callable[[jax.Array], Any] = _rates.growing_period(10),
     rates: _rates.RateRule = _rates.edge_rates(1.8),
-    summary_decay: float = 0.85,
-    scale_rule: _progress.ScaleRule | None = _progress.success_rule(),
+    summary_memory: float = 0.3,
+    delayed: bool = True,
     averaging: float | None = 0.1,
     nonnegative: bool = True,
     method: str = "sweep",
@@ -296,19 +298,12 @@ def grouped_newton(
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
     optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with the
-    defaults that train best untuned: Adam's direction with a short memory,
-    :func:`scale_by_adaptive_momentum`, a group a module, :func:`edge_rates` of a summary
-    every 20 steps averaged over about 130, a damping that follows the model's error, a
-    scale that follows the loss, and an average of the parameters to evaluate at,
-    ``eval_params(state, params)``. Pass ``value``, the loss of the step, to ``update``:
-    the scale reacts sooner and to spikes. From it the optimizer also sees where there is
-    no noise, as on the full batch: the loss after a refresh's step is then the one that
-    the refresh found. The direction's ``update`` is told so, ``noiseless=True`` (one
-    given to ``update`` is handed on instead), and the default one has a longer memory;
-    the average of the summaries has a shorter one, ``summary_decay`` to the fourth power.
-    It can't be seen where ``value`` isn't passed, the learning rate isn't 1 or the
-    damping doesn't adapt, where noise is assumed, nor on a batch that is used for several
-    steps in a row, which looks noiseless.
+    defaults that train best untuned: Adam's direction with b1 = 0.9 and b2 = 0.99, a group a
+    module, :func:`edge_rates` of summaries on batches that their direction hasn't seen, averaged over
+    a share of the training so far, a damping that follows the model's error, and an average of the
+    parameters to evaluate at, ``eval_params(state, params)``, which also tells when larger rates are
+    no longer worth it. It needs no number of steps: rates fall by themselves when noise is all that is
+    left. Pass ``value``, the loss of the step, to ``update``: rates then answer a spike at once.
 
     Numbers of the gradient that aren't finite, or whose square isn't, count as zeros; where all
     are, the momentum alone makes the step. What a direction makes of all others is kept, so
@@ -319,18 +314,20 @@ def grouped_newton(
         the paper's lambda_1. 1 by default.
       groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
       direction: a transform that makes the direction from the gradient, neither negated
-        nor scaled: ``scale_by_adaptive_momentum()`` (the default) or
-        ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. Weight decay goes inside it,
-        clipping before it. A negated direction gets negative rates: nothing moves unless
+        nor scaled: ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. By default
+        ``optax.scale_by_adam(b1=0.9, b2=0.99)``, its moments in at least float32. Weight decay goes
+        inside it, clipping before it. A negated direction gets negative rates: nothing moves unless
         ``nonnegative=False``, and the state's ``uphill`` counts.
       internal_damping: lambda >= 0, without unit, a schedule of the step, or
         :func:`adaptive_damping`, the default.
       refresh_every: steps between two summaries, at least 1, or a schedule of the
         step, by default :func:`growing_period`.
       rates: a rate rule, ``(Summary, lambda) -> CubicSolution``.
-      summary_decay: weight in [0, 1) of the past in the average, per refresh; without noise
-        its fourth power.
-      scale_rule: see :func:`scale_by_grouped_newton`; :func:`success_rule` by default.
+      summary_memory: share of the refreshes so far that summaries are averaged over, see
+        :func:`scale_by_grouped_newton`.
+      delayed: whether a summary is of the last step's direction, on this step's batch, see
+        :func:`scale_by_grouped_newton`. False keeps no copies: for a ``value_fn`` that is the loss on
+        another batch than the gradient's, and for losses without noise.
       averaging: fraction of the steps, see :func:`average_params`; None keeps no
         average, which saves one copy of the parameters.
       nonnegative: whether negative rates are clipped to 0 when used.
@@ -368,20 +365,20 @@ def grouped_newton(
     References:
       P. Wolinski, arXiv 2312.03885.
     """
-    direction = scale_by_adaptive_momentum() if direction is None else direction
+    direction = _in_float32(optax.scale_by_adam(b1=0.9, b2=0.99)) if direction is None else direction
     if not isinstance(direction, optax.GradientTransformation):
         raise TypeError(
             f"direction must be an optax.GradientTransformation such as optax.scale_by_adam(), got {direction!r}"
         )
-    direction = _of_fine_numbers(direction)
     transforms = [
+        _of_fine_numbers(direction),
         scale_by_grouped_newton(
             groups,
             internal_damping=internal_damping,
             refresh_every=refresh_every,
             rates=rates,
-            summary_decay=summary_decay,
-            scale_rule=scale_rule,
+            summary_memory=summary_memory,
+            delayed=delayed,
             nonnegative=nonnegative,
             method=method,
             max_stack=max_stack,
@@ -389,17 +386,28 @@ def grouped_newton(
         ),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    if averaging is not None:
-        transforms.append(optax.masked(average_params(averaging), lambda params: _in_a_group(groups, params)))
-    rest = optax.chain(*transforms)
+    if averaging is None:
+        return optax.chain(*transforms)
+    average = optax.masked(average_params(averaging), lambda params: _in_a_group(groups, params))
+    chained = optax.chain(*transforms, average)
 
     def update(updates, state, params=None, **extra_args):
-        told = {"noiseless": state[1].noiseless} | extra_args
-        updates, of_direction = direction.update(updates, state[0], params, **told)
-        updates, of_rest = rest.update(updates, state[1:], params, **extra_args)
-        return updates, (of_direction, *of_rest)
+        if params is not None:
+            extra_args = {"averaged_params": eval_params(state[-1], params), **extra_args}
+        return chained.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: (direction.init(params), *rest.init(params)), update)
+    return optax.GradientTransformationExtraArgs(chained.init, update)
+
+
+def _in_float32(direction):
+    """A direction whose state is in at least float32: in half precision Adam's squares stand still or are zero."""
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update(updates, state, params=None):
+        u, state = direction.update(wide(updates), state, params)
+        return optax.tree.cast_like(u, updates), state
+
+    return optax.GradientTransformation(lambda params: direction.init(wide(params)), update)
 
 
 def _of_fine_numbers(direction):
@@ -442,16 +450,65 @@ def _moved(partition, params, steps):
     return treedef.unflatten([x if g < 0 else minus(x, step) for x, step, g in pairs])
 
 
-def _refreshed(state, summary, damping, rates, summary_decay):
-    """The state after a summary, if its numbers are fine; with counters that say so if not."""
+def _kept(partition, tree, make, like=None):
+    """``make`` of every leaf with a group, of the type of ``like``; nothing of the others."""
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = leaves if like is None else jax.tree.leaves(like)
+
+    def kept(x, kind, g):
+        if g < 0:
+            return optax.MaskedNode()
+        kind = jax.typeof(kind)
+        return placement.laid_out(jnp.array(make(x), kind.dtype), kind)  # not weakly typed
+
+    return treedef.unflatten([kept(x, k, g) for x, k, g in zip(leaves, kinds, partition.index, strict=True)])
+
+
+def _root_mean_squares(partition, tree, dtype, axis_name=None):
+    """Of the numbers of each group, (S,)."""
+    leaves = [None if g < 0 else x for x, g in zip(jax.tree.leaves(tree), partition.index, strict=True)]
+    squares = partition.sums([x if x is None else jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves], dtype)
+    sizes = partition.sums([x if x is None else jnp.asarray(jnp.size(x), dtype) for x in leaves], dtype)
+    return jnp.sqrt(placement.mean(squares, axis_name) / jnp.maximum(sizes, 1))
+
+
+def _either(partition, condition, tree, kept):
+    """``tree`` where the condition is true, and what was kept of it elsewhere."""
+    leaves, treedef = jax.tree.flatten(tree)
+    others = iter(jax.tree.leaves(kept))
+
+    def choose(x, y):
+        return jnp.where(condition, placement.laid_out(jnp.asarray(x).astype(y.dtype), jax.typeof(y)), y)
+
+    pairs = zip(leaves, partition.index, strict=True)
+    return treedef.unflatten([x if g < 0 else choose(x, next(others)) for x, g in pairs])
+
+
+def _between(a, b):
+    return (a + (b - a) / 2).astype(jnp.result_type(b)) if jnp.issubdtype(jnp.result_type(b), jnp.floating) else b
+
+
+def _zero_nonfinite(x):
+    x = jnp.asarray(x)
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+def _refreshed(state, summary, damping, rates, share, own, levelled):
+    """The state after a summary, if its numbers are fine; with counters that say so if not.
+
+    A summary of the direction's own batch is used, and forgotten at the next. Where rates are ``levelled``, only the
+    first are the rule's.
+    """
     dtype = state.eta.dtype
     damping = jnp.asarray(damping).astype(dtype)
-    before = Summary(state.loss, state.gbar, state.hbar, state.third)
-    summary = jax.tree.map(lambda x, old: x.astype(old.dtype), summary, before)
+    before = _memory.Memory(*(getattr(state, name) for name in _memory.Memory._fields))
+    summary = jax.tree.map(lambda x, old: x.astype(old.dtype), summary, before.average)
     finite = all_finite(*summary, damping)
-    refreshes = state.refreshes + finite.astype(jnp.int32)
-    after = running_average(before, summary, summary_decay, jnp.maximum(refreshes, 1))
-    average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    learnt = finite & ~(_all_zero(summary.gbar) & _all_zero(jnp.diag(summary.hbar)))  # a zero direction tells nothing
+    count = state.refreshes + 1
+    memory = _memory.remember(before, summary, count, share, state.eta)
+    memory = jax.tree.map(lambda new, old: jnp.where(learnt, new, old), memory, before)
+    average = memory.average
 
     solution = rates(average, damping)
     outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
@@ -460,21 +517,26 @@ def _refreshed(state, summary, damping, rates, summary_decay):
         fall_back = _all_zero(state.eta) & (solution.status == CubicStatus.UNBOUNDED)
         edge = lambda: outcome(_rates.edge_rates()(average, damping))
         eta, found = lax.cond(fall_back, edge, lambda: (eta, found))
+    if levelled:
+        steps = state.count - state.last_refresh
+        growth = annealing.growth(average, state.eta, state.progress, steps, state.count)
+        settled = (state.count >= annealing.START) & (state.progress[1] > 0) & ~_all_zero(state.eta)
+        eta, found = jnp.where(settled, growth * state.eta, eta), found | settled
     accepted = finite & found & all_finite(eta)
     status = jnp.where(finite, solution.status, CubicStatus.NOT_FINITE)
     return state._replace(
         eta=jnp.where(accepted, eta, state.eta),
         damping=jnp.where(jnp.isfinite(damping), damping, state.damping),
         status=status.astype(jnp.int32),
-        refreshes=refreshes,
+        refreshes=jnp.where(learnt & ~own, count, state.refreshes),
         rejected=state.rejected + ~accepted,
         uphill=state.uphill + (finite & (total(summary.gbar) < 0)),
-        **average._asdict(),
+        **memory._asdict(),
     )
 
 
-def _all_zero(eta):
-    return total(jnp.abs(eta)) == 0
+def _all_zero(x):
+    return total(jnp.abs(x)) == 0
 
 
 def _resolve(groups, params):
@@ -502,7 +564,7 @@ def _flat_params_explained(params):
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)) and jnp.ndim(params) == 1:
             error.add_note(
                 "The params are one vector, as they are inside optax.flatten, where neither labels nor value_fn fit."
-                " Flatten the direction alone: grouped_newton(direction=optax.flatten(scale_by_adaptive_momentum()))"
+                " Flatten the direction alone: grouped_newton(direction=optax.flatten(optax.scale_by_adam()))"
             )
         raise
 
@@ -531,7 +593,7 @@ def _check_update_arguments(params, value_fn):
         raise TypeError(f"value_fn must be a function from params to the loss, got {value_fn!r}")
 
 
-def _check_arguments(internal_damping, refresh_every, rates, summary_decay, scale_rule):
+def _check_arguments(internal_damping, refresh_every, rates, summary_memory):
     def known(value):
         return not isinstance(value, jax.core.Tracer)
 
@@ -540,12 +602,8 @@ def _check_arguments(internal_damping, refresh_every, rates, summary_decay, scal
         raise ValueError(f"internal_damping must be finite and at least 0, got {internal_damping!r}")
     if not callable(refresh_every):
         _rates.check_period("refresh_every", refresh_every)
-    if scale_rule is not None and not callable(scale_rule):
-        raise TypeError(
-            f"scale_rule must be None or a function (scale, fell) -> scale, such as success_rule(), got {scale_rule!r}"
-        )
-    if known(summary_decay) and (callable(summary_decay) or not 0 <= summary_decay < 1):
-        raise ValueError(f"summary_decay must be in [0, 1), got {summary_decay!r}")
+    if known(summary_memory) and (callable(summary_memory) or not 0 <= summary_memory <= 1):
+        raise ValueError(f"summary_memory must be a share of the refreshes, in [0, 1], got {summary_memory!r}")
     if not callable(rates):
         raise TypeError(
             f"rates must be a function (summary, damping) -> CubicSolution, such as edge_rates(), got {rates!r}"

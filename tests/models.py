@@ -78,3 +78,24 @@ def tanh_mlp(sizes=(4, 5, 3), batch=6, seed=0):
     x, y = jnp.asarray(rng.standard_normal((batch, sizes[0]))), rng.integers(sizes[-1], size=batch)
     params, direction = dense_params(sizes, seed=seed + 1), dense_params(sizes, seed=seed + 2)
     return Problem(lambda p: nll(apply_dense(p, x), y), params, direction)
+
+
+def tanh_loss(params, batch):
+    """Mean squared error of a two-layer tanh network."""
+    x, y = batch
+    hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
+    return jnp.mean((hidden @ params["out"]["w"] + params["out"]["b"][None] - y) ** 2)
+
+
+def tanh_params(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.5, dtype)
+    return {"hidden": {"w": normal(3, 4), "b": normal(4)}, "out": {"w": normal(4, 2), "b": normal(2)}}
+
+
+def regression_batches(steps, seed=0, dtype=jnp.float32):
+    """Inputs and targets of a fixed smooth map, one batch of 16 per step."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(steps, 16, 3))
+    y = np.stack([np.sin(x[..., 0]) + x[..., 1], x[..., 2] * x[..., 0]], axis=-1)
+    return jnp.asarray(x, dtype), jnp.asarray(y, dtype)

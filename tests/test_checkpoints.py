@@ -18,7 +18,7 @@ import grouped_newton as gn
 CONFIGURATIONS = {
     "optimizer": lambda groups=gn.groups.per_module: gn.grouped_newton(groups=groups, refresh_every=4),
     "transform": lambda groups=gn.groups.per_tensor: optax.chain(
-        gn.scale_by_grouped_newton(groups, refresh_every=4, rates=gn.edge_rates(), summary_decay=0.5),
+        gn.scale_by_grouped_newton(groups, refresh_every=4, rates=gn.edge_rates(), summary_memory=0.5),
         optax.scale_by_learning_rate(0.5),
     ),
 }
@@ -63,22 +63,24 @@ def save_and_restore(path, saved, like):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_run_restored_between_refreshes_goes_on_to_the_bit(tmp_path, name):
+def test_a_run_restored_before_a_refresh_goes_on_to_the_bit(tmp_path, name):
+    """The refresh is of the last direction before the checkpoint, where summaries are delayed."""
     tx, params, batches = CONFIGURATIONS[name](), make_params(), make_batches(12)
     run = jax.jit(functools.partial(train, tx))
-    midway = run(params, tx.init(params), part(batches, 0, 6))
-    expected = run(*midway, part(batches, 6, 12))
+    midway = run(params, tx.init(params), part(batches, 0, 8))
+    expected = run(*midway, part(batches, 8, 12))
 
     # What a new process has: the shapes, from a fresh init.
     like = jax.eval_shape(lambda p: (p, tx.init(p)), params)
     restored = save_and_restore(tmp_path, midway, like)
     assert jax.tree.structure(restored) == jax.tree.structure(midway)
     jax.tree.map(np.testing.assert_array_equal, restored, midway)
-    found = run(*restored, part(batches, 6, 12))
+    found = run(*restored, part(batches, 8, 12))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    # Refreshed at 0 and 4, and then at 8: the schedule went on where it was.
-    counts = [int(optax.tree.get(state, "refreshes")) for _, state in (midway, restored, found)]
-    assert counts == [2, 2, 3]
+    # The schedule went on where it was.
+    assert [int(optax.tree.get(state, "next_refresh")) for _, state in (midway, restored, found)] == [8, 8, 12]
+    refreshes = [int(optax.tree.get(state, "refreshes")) for _, state in (midway, restored, found)]
+    assert refreshes[0] == refreshes[1] < refreshes[2]
 
 
 def test_a_state_restored_onto_other_devices_goes_on_with_equal_numbers(x64, tmp_path):
@@ -129,7 +131,7 @@ def test_a_pickled_state_of_another_grouping_is_refused(name):
 def test_a_pickled_state_resumes_to_the_bit():
     tx, params, batches = gn.grouped_newton(refresh_every=4), make_params(), make_batches(12)
     run = jax.jit(functools.partial(train, tx))
-    midway = run(params, tx.init(params), part(batches, 0, 6))
+    midway = run(params, tx.init(params), part(batches, 0, 8))
     loaded = pickle.loads(pickle.dumps(jax.device_get(midway)))
-    expected, found = (run(*state, part(batches, 6, 12)) for state in (midway, loaded))
+    expected, found = (run(*state, part(batches, 8, 12)) for state in (midway, loaded))
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import checks
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import optax
 import pytest
+from checks import assert_equal, assert_finite, at
 from jax import lax
 
 import grouped_newton as gn
 from grouped_newton.groups import FROZEN
 
 EPS = 2.0**-23
-STATIC = ("groups", "direction", "refresh_every", "rates", "scale_rule", "nonnegative", "method", "max_stack")
+STATIC = ("groups", "direction", "refresh_every", "rates", "delayed", "nonnegative", "method", "max_stack")
 
 
 class Configuration(NamedTuple):
@@ -48,28 +50,34 @@ CONFIGURATIONS = {
         groups=lambda p: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "tail", p),
         internal_damping=lambda step: 1.0 + 1.0 / (1.0 + step),
     ),
-    "frozen part, averaged summary": plain(groups={"stem": FROZEN, "head": 0, "tail": 1}, summary_decay=0.5),
-    "after Adam, adaptive damping, scale rule": plain(
+    # Where rates come from the step before, directions as long as the gradient aren't safe.
+    "frozen part, averaged and delayed summary": plain(
+        optax.scale_by_adam(),
+        groups={"stem": FROZEN, "head": 0, "tail": 1},
+        internal_damping=gn.adaptive_damping(),
+        summary_memory=0.5,
+        delayed=True,
+    ),
+    "after Adam, adaptive damping, averaged summary": plain(
         optax.scale_by_adam(),
         internal_damping=gn.adaptive_damping(),
-        scale_rule=gn.success_rule(),
         refresh_every=gn.growing_period(20),
         rates=gn.edge_rates(1.8),
-        summary_decay=0.85,
+        summary_memory=0.3,
     ),
     "before a line search": plain(
         after=(optax.scale_by_backtracking_linesearch(max_backtracking_steps=20),), refresh_every=5
     ),
     "alias": alias(),
-    "alias, fixed and without scale and average": alias(
-        internal_damping=1.0, scale_rule=None, averaging=None, refresh_every=5, rates=gn.edge_rates(1.0)
+    "alias, fixed and without delay and average": alias(
+        internal_damping=1.0, delayed=False, averaging=None, refresh_every=5, rates=gn.edge_rates(1.0)
     ),
     "alias, frozen part, averaging": alias(groups={"stem": FROZEN, "head": 0, "tail": 1}, averaging=0.5),
 }
 every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
 # Where each case compiles a program of its own: one of each kind of rule, damping and averaging.
 of_each_kind = pytest.mark.parametrize(
-    "name", ["one group", "callable, scheduled damping", "after Adam, adaptive damping, scale rule", "alias"]
+    "name", ["one group", "callable, scheduled damping", "after Adam, adaptive damping, averaged summary", "alias"]
 )
 # Optax's own line search has weak types in its state, so it compiles twice, and refuses keywords.
 without_line_search = pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if "line search" not in name])
@@ -212,20 +220,8 @@ def compiled(name):
     return tx, run, traces
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def assert_close(a, b, tolerance=1e3 * EPS):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), a, b)
-
-
-def assert_finite(tree):
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
-
-
-def at(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
+    checks.assert_close(a, b, tolerance, tolerance)
 
 
 @pytest.mark.parametrize("mix", [PARABOLA, ROSENBROCK], ids=["parabola", "rosenbrock"])
@@ -249,7 +245,7 @@ def test_it_compiles_once_and_is_deterministic(name):
     assert_equal(*runs)
 
 
-@pytest.mark.parametrize("name", ["one group", "after Adam, adaptive damping, scale rule", "alias"])
+@pytest.mark.parametrize("name", ["one group", "after Adam, adaptive damping, averaged summary", "alias"])
 def test_it_stays_finite_long_past_convergence(name):
     """The gradient is exactly zero at this start, which is the parabola's minimum: all rates are."""
     tx, run, _ = compiled(name)
@@ -285,7 +281,7 @@ def test_injected_hyperparameters_give_the_same_steps(name):
 
 
 SCHEDULED = {"learning_rate": 0.5, "internal_damping": 2.0, "refresh_every": 3}
-INJECTED = {"summary_decay": 0.5, "averaging": 0.25}
+INJECTED = {"summary_memory": 0.5, "averaging": 0.25}
 
 
 @pytest.mark.parametrize("option", [*SCHEDULED, *INJECTED])
@@ -295,7 +291,9 @@ def test_a_constant_schedule_equals_the_constant(option):
     make = gn.grouped_newton
     if option in INJECTED:
         make = optax.inject_hyperparams(make, static_args=(*STATIC, "internal_damping"))
-    pair = gn.grouped_newton(**{option: value}), make(**{option: lambda step: jnp.asarray(value)})
+    # A number means the steps that it divides, a schedule counts from the last refresh: the same without extra ones.
+    fixed = {"internal_damping": 1.0} if option == "refresh_every" else {}
+    pair = gn.grouped_newton(**fixed, **{option: value}), make(**fixed, **{option: lambda step: jnp.asarray(value)})
     by_number, by_schedule = (jax.jit(lambda p, tx=tx: descent(tx, p, tx.init(p), ROSENBROCK, 8))(START) for tx in pair)
     assert_close(by_schedule[0], by_number[0])
     averages = [gn.eval_params(state, START) for _, state in (by_number, by_schedule)]
@@ -371,7 +369,8 @@ def test_multi_steps_gives_the_right_steps_and_takes_summaries_that_it_throws_aw
     jax.effects_barrier()
     assert_close(runs[0][0], runs[1][0])
     for _, state, updates in runs:
-        np.testing.assert_array_equal(optax.tree.get(state, "refreshes"), [0, 1, 1, 2, 2, 3, 3, 4])
+        # The first is of its direction's own batch and isn't counted.
+        np.testing.assert_array_equal(optax.tree.get(state, "refreshes"), [0, 0, 0, 1, 1, 2, 2, 3])
         assert not np.any(updates["head"]["w"][::every])
         assert np.all(updates["head"]["w"][1::every])
     assert len(calls["MultiSteps"]) == len(MIXES)
@@ -458,18 +457,20 @@ def test_monitor_after_ours():
 
 def test_optax_tree_gets_and_sets_fields_of_the_state():
     state = gn.grouped_newton().init(START)
-    changed = optax.tree.set(state, damping=jnp.float32(7.0), scale=jnp.float32(0.5))
-    assert (optax.tree.get(changed, "damping"), optax.tree.get(changed, "scale")) == (7.0, 0.5)
+    changed = optax.tree.set(state, damping=jnp.float32(7.0), next_refresh=jnp.int32(5))
+    assert (optax.tree.get(changed, "damping"), optax.tree.get(changed, "next_refresh")) == (7.0, 5)
     assert jax.tree.structure(changed) == jax.tree.structure(state)
 
 
-def test_tree_map_params_maps_the_direction_and_the_average_alone():
+def test_tree_map_params_maps_what_is_like_the_params_alone():
+    """The direction's moments, the average, the last direction and where it began."""
     tx = gn.grouped_newton(groups={"stem": 0, "head": 1, "tail": 1})
     state = tx.init(START)
     mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
-    average = optax.tree.get(mapped, "average")
-    assert_equal(jax.tree.leaves(average), jax.tree.leaves(jax.tree.map(lambda x: x + 1, START)))
-    for name in set(gn.GroupedNewtonState._fields) - {"count"}:
+    for name in ("average", "mu", "direction", "origin"):
+        copy = optax.tree.get(mapped, name)
+        assert_equal(jax.tree.leaves(copy), jax.tree.leaves(jax.tree.map(lambda x: x + 1, START)))
+    for name in set(gn.GroupedNewtonState._fields) - {"count", "direction", "origin"}:
         assert_equal(optax.tree.get(mapped, name), optax.tree.get(state, name))
 
 

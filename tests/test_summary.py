@@ -15,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 import grouped_newton as gn
 from grouped_newton import Summary, groups
 from grouped_newton.groups import FROZEN, per_module, per_tensor, single
-from grouped_newton.summary import running_average, zeros
 
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 
@@ -582,73 +581,3 @@ def test_a_grouping_that_does_not_fit_is_refused():
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match=r"method must be one of \(.*'nested'.*\), got 'bogus'"):
         summarize(lambda p: jnp.sum(p["a"]), two(), two(), method="bogus")
-
-
-# Running average
-
-
-def stream(count, S=3):
-    rng = np.random.default_rng(11)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal((count, *shape)))
-    return Summary(draw(), draw(S), draw(S, S), draw(S))
-
-
-def at(summaries, k):
-    return jax.tree.map(lambda x: x[k], summaries)
-
-
-def last_average(summaries, decay):
-    """The average after a stream of summaries; its count is traced."""
-
-    def step(carry, new):
-        average, count = carry
-        return (running_average(average, new, decay, count), count + 1), None
-
-    before = zeros(summaries.gbar.shape[1], summaries.gbar.dtype)
-    return lax.scan(step, (before, jnp.int32(1)), summaries)[0][0]
-
-
-def assert_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_decay_zero_keeps_the_latest(count, precision):
-    old, new = at(stream(2), 0), at(stream(2), 1)
-    assert_equal(running_average(old, new, 0.0, count), new._replace(third=jnp.abs(new.third)))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8, 0.999])
-def test_the_first_summary_is_taken_as_it_is(decay, precision):
-    old, new = at(stream(2), 0), at(stream(2), 1)
-    for before in (zeros(3, new.gbar.dtype), old):
-        assert_equal(running_average(before, new, decay, 1), new._replace(third=jnp.abs(new.third)))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8, 0.999])
-def test_a_constant_stream_is_its_own_average(decay, precision):
-    one = at(stream(1), 0)
-    constant = jax.tree.map(lambda x: jnp.stack([x] * 20), one)
-    expected = one._replace(third=jnp.abs(one.third))
-    assert_close(last_average(constant, decay), expected, 64 * precision)
-    assert np.any(one.third < 0)
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8, 0.999])
-def test_the_average_is_the_weighted_mean_with_the_latest_loss(decay, precision):
-    summaries = stream(6)
-    weights = decay ** np.arange(5.0, -1, -1)
-    mean = lambda x: np.tensordot(weights / weights.sum(), np.asarray(x, np.float64), axes=1)
-    expected = Summary(summaries.loss[-1], *(mean(x) for x in (summaries.gbar, summaries.hbar, abs(summaries.third))))
-    average = jax.jit(last_average)(summaries, decay)
-    # 1 - decay^k loses digits as decay goes to 1.
-    assert_close(average, expected, 64 * precision / (1 - decay))
-    assert average.loss == summaries.loss[-1]
-    assert {x.dtype for x in average} == {summaries.gbar.dtype}
-
-
-def test_averages_vmap_over_decays_and_streams(precision):
-    summaries, decays = jax.tree.map(lambda *xs: jnp.stack(xs), stream(4), stream(4)), jnp.array([0.3, 0.9])
-    together = jax.vmap(last_average)(summaries, decays)
-    for k in range(2):
-        assert_close(at(together, k), last_average(at(summaries, k), decays[k]), 16 * precision)

@@ -1,0 +1,37 @@
+"""Comparisons of pytrees, shared by the tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grouped_newton as gn
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def shifted(first, after):
+    """What was there before every step, of what was there first and after every step."""
+    return jax.tree.map(lambda p, x: jnp.concatenate([p[None], x[:-1]]), first, after)
+
+
+def assert_finite(tree):
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, rtol, atol=0.0):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
+
+
+def only_grouped_newton(state):
+    """Our state within another."""
+    is_ours = lambda x: isinstance(x, gn.GroupedNewtonState)
+    (found,) = (x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
+    return found
