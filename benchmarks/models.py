@@ -27,23 +27,23 @@ class Model(NamedTuple):
 class _Init:
     """Makes parameters with the usual scale, one key after another."""
 
-    def __init__(self, seed):
-        self.key, self.count = jax.random.key(seed), 0
+    def __init__(self, seed, dtype):
+        self.key, self.count, self.dtype = jax.random.key(seed), 0, dtype
 
     def __call__(self, *shape, fan_in=None, scale=1.0):
         self.count += 1
         key = jax.random.fold_in(self.key, self.count)
         drawn = scale * jax.random.normal(key, shape, jnp.float32) / math.sqrt(fan_in or math.prod(shape[:-1]))
-        return drawn.astype(float)
+        return drawn.astype(self.dtype)
 
 
 def _cross_entropy(logits, labels):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
 
 
-def mlp(widths, groups, batch=100, seed=0):
+def mlp(widths, groups, batch=100, seed=0, dtype=float):
     """tanh layers of the given widths."""
-    init = _Init(seed)
+    init = _Init(seed, dtype)
     x, y = init(batch, widths[0], fan_in=1), jnp.arange(batch) % widths[-1]
     shapes = list(itertools.pairwise(widths))
     params = {f"layer_{i}": {"w": init(a, b), "b": init(b, scale=0.1)} for i, (a, b) in enumerate(shapes)}
@@ -66,9 +66,9 @@ def _max_pool(x):
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
-def lenet(batch=100, channels=(6, 16, 120, 84), size=32, seed=0):
+def lenet(batch=100, channels=(6, 16, 120, 84), size=32, seed=0, dtype=float):
     """Two convolutions and three dense layers on size x size x 3, tanh."""
-    init = _Init(seed)
+    init = _Init(seed, dtype)
     x, y = init(batch, size, size, 3, fan_in=1), jnp.arange(batch) % 10
     places = (((size - 4) // 2 - 4) // 2) ** 2
     params = {}
@@ -95,9 +95,9 @@ def lenet(batch=100, channels=(6, 16, 120, 84), size=32, seed=0):
 VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
 
 
-def vgg11(batch=100, plan=VGG11, size=32, seed=0):
+def vgg11(batch=100, plan=VGG11, size=32, seed=0, dtype=float):
     """VGG-11 with one dense layer and ELU, on size x size x 3; the plan has the channels of its convolutions."""
-    init = _Init(seed)
+    init = _Init(seed, dtype)
     x, y = init(batch, size, size, 3, fan_in=1), jnp.arange(batch) % 10
     widths = [3, *(c for c in plan if c != "pool")]
     places = (size >> plan.count("pool")) ** 2
@@ -120,9 +120,9 @@ def vgg11(batch=100, plan=VGG11, size=32, seed=0):
     return Model(loss, params, gn.groups.per_tensor)
 
 
-def resnet18(batch=100, channels=(16, 16, 32, 32, 64, 64, 128, 128), size=32, seed=0):
+def resnet18(batch=100, channels=(16, 16, 32, 32, 64, 64, 128, 128), size=32, seed=0, dtype=float):
     """ResNet-18 with the given channels of its blocks, BatchNorm in training mode, on size x size x 3."""
-    init = _Init(seed)
+    init = _Init(seed, dtype)
     x, y = init(batch, size, size, 3, fan_in=1), jnp.arange(batch) % 10
 
     def conv_bn(a, b, size=3):
@@ -152,9 +152,9 @@ def resnet18(batch=100, channels=(16, 16, 32, 32, 64, 64, 128, 128), size=32, se
     return Model(loss, params, gn.groups.per_module)
 
 
-def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, scanned=False, seed=0):
+def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, scanned=False, seed=0, dtype=float):
     """A causal language model; a group a block, or scanned over stacked layers with a group a tensor."""
-    init = _Init(seed)
+    init = _Init(seed, dtype)
     tokens = jax.random.randint(jax.random.key(seed + 1), (batch, length + 1), 0, vocabulary, jnp.int32)
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
     block = lambda: {

@@ -161,16 +161,17 @@ def main():
         "--limit", type=float, default=60.0, help="skip a method above it, seconds a call (default: 60)"
     )
     parser.add_argument("--batch", type=int, help="instead of 100, for transformers 16")
+    parser.add_argument("--dtype", default="float32", help="of parameters and data (default: float32)")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"no model called {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
 
     head = ["model", "S", "gradient, ms", *arguments.methods, "first call, s: gradient", "sweep", "memory"]
-    batch = {} if arguments.batch is None else {"batch": arguments.batch}
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}\n")
+    options = {} if arguments.batch is None else {"batch": arguments.batch}
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {arguments.dtype}\n")
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for name in tqdm(arguments.models, disable=None, leave=False):
-        model = MODELS[name](**batch)
+        model = MODELS[name](dtype=jnp.dtype(arguments.dtype), **options)
         found = measure(model, arguments.methods, arguments.seconds, arguments.limit)
         base, base_first, base_memory = found["gradient"]
         cells = [name, str(resolve(model.groups, model.params).num_groups), f"{base * 1e3:.2f}"]

@@ -5,9 +5,9 @@ in one process, *report* prints the tables and draws the picture. A fourth, *rat
 
 The reference is AdamW with warm-up and cosine decay to 0, the best of six rates for every workload and every length: a
 quarter, one and four times the workload's own steps. Its final validation loss is the target, the geometric mean over
-seeds. The share of a run is after what part of AdamW's steps its validation loss first is at the target, interpolated
-between checkpoints; 2 where it isn't within AdamW's steps. The share of time is that times the time a step over
-AdamW's, at most 2. Both are averaged geometrically over seeds, then over workloads. An optimizer with a schedule runs
+seeds. The share is after what part of AdamW's steps the validation loss, the geometric mean over seeds, first is at the
+target, interpolated between checkpoints; 2 where it isn't within AdamW's steps. The share of time is that times the
+time a step over AdamW's, at most 2. Both are averaged geometrically over workloads. An optimizer with a schedule runs
 once per length; one without runs once, to the longest, and the parts of that run are its shorter ones. Optimizers are
 evaluated at the average of the parameters, where they keep one.
 
@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
-from workloads import CHOOSING, REPORTING, Workload, load
+from workloads import CHOOSING, LARGE, REPORTING, Workload, load
 
 import grouped_newton as gn
 
@@ -50,6 +50,7 @@ OFFSET = 1e-4
 LENGTHS = (0.25, 1, 4)
 NEVER = 2.0
 REFERENCE, OURS = "adamw, cosine", "grouped_newton"
+PURPOSES = {"choosing": CHOOSING, "reporting": REPORTING, "large": LARGE}
 
 
 def warmup_cosine(peak, steps):
@@ -373,7 +374,7 @@ class Results:
             if REFERENCE in seconds:
                 self.slowdown |= {(name, n): value / seconds[REFERENCE] for n, value in seconds.items()}
         of_reference = {name for name, optimizer in label if optimizer == REFERENCE}
-        self.workloads = [name for name in CHOOSING + REPORTING if name in of_reference]
+        self.workloads = [name for names in PURPOSES.values() for name in names if name in of_reference]
         found = {optimizer for _, optimizer in label}
         self.optimizers = [n for n in OPTIMIZERS if n in found] + sorted(found - set(OPTIMIZERS))
 
@@ -403,7 +404,7 @@ class Results:
         slowdown = self.slowdown.get((workload, optimizer)) if clock else 1.0
         if target is None or slowdown is None or not records:
             return None
-        return geometric_mean(min(NEVER, slowdown * share_until(record, target, length)) for record in records)
+        return min(NEVER, slowdown * share_until(*mean_curve(records, length), target))
 
     def diverged(self, workload: str, optimizer: str, length: float) -> list[bool]:
         """Whether each run of the best setting ended with a loss that isn't finite or is above the first."""
@@ -424,9 +425,14 @@ def final(record: dict, length: float, curve: str = "validation") -> float:
     return float(curve_of(record, length, curve)[1][-1])
 
 
-def share_until(record: dict, target: float, length: float) -> float:
-    """The share of the steps until the validation loss first is at the target, infinite where it isn't."""
-    at, losses = curve_of(record, length)
+def mean_curve(records: Iterable[dict], length: float, curve: str = "validation") -> tuple[np.ndarray, np.ndarray]:
+    """:func:`curve_of` of several seeds, the geometric mean of their losses."""
+    curves = [curve_of(record, length, curve) for record in records]
+    return curves[0][0], np.array([geometric_mean(losses) for losses in zip(*(c for _, c in curves), strict=True)])
+
+
+def share_until(at: np.ndarray, losses: np.ndarray, target: float) -> float:
+    """The share of the steps until the loss first is at the target, infinite where it isn't."""
     reached = np.flatnonzero(losses <= target)
     if not len(reached):
         return math.inf
@@ -509,7 +515,7 @@ def slowdowns(results: Results) -> str:
 
 
 def _by_purpose(results, length):
-    for purpose, names in (("choosing", CHOOSING), ("reporting", REPORTING)):
+    for purpose, names in PURPOSES.items():
         workloads = [w for w in results.workloads if w in names and results.chosen(w, REFERENCE, length)]
         if workloads:
             yield purpose, workloads
@@ -572,10 +578,9 @@ def draw_rates(path: Path | str, name: str = "noisy regression, slow", steps: in
 def _draw_curves(axis, results, workload, styles):
     tops = []
     for name in (REFERENCE, "adam, averaged", "muon, cosine", "schedule-free adamw", OURS):
-        curves = [curve_of(record, 1) for record in results.chosen(workload, name, 1).values()]
-        if curves:
-            losses = np.exp(np.mean([np.log(losses) for _, losses in curves], 0))
-            axis.plot(curves[0][0], np.where(np.isfinite(losses), losses, np.nan), **styles[name])
+        if records := results.chosen(workload, name, 1).values():
+            at, losses = mean_curve(records, 1)
+            axis.plot(at, np.where(np.isfinite(losses), losses, np.nan), **styles[name])
             tops.append(losses[0])
     axis.axhline(results.loss(workload, REFERENCE, 1), color="C0", linestyle="--", linewidth=1)
     axis.set(yscale="log", xlim=(0, 1), title=workload, xlabel="share of AdamW's steps", ylabel="validation loss")
@@ -611,12 +616,12 @@ def _plain_ticks(axis):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*CHOOSING, *REPORTING]
+    names = [*CHOOSING, *REPORTING, *LARGE]
     parser.add_argument(
         "phases", nargs="*", metavar="PHASE", help="of run, time, report, rates (default: all but rates)"
     )
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help=f"of {'; '.join(names)} (default: all)")
-    parser.add_argument("--purpose", choices=["choosing", "reporting"], help="only workloads of this purpose")
+    parser.add_argument("--purpose", choices=list(PURPOSES), help="only workloads of this purpose")
     optimizers = f"of {'; '.join(OPTIMIZERS)} (default: all; to be timed: {REFERENCE}; {OURS})"
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help=optimizers)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
@@ -628,8 +633,8 @@ def main():
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH", help="(default: docs/training.png)")
     arguments = parser.parse_args()
     phases = arguments.phases or ["run", "time", "report"]
-    of_purpose = {"choosing": CHOOSING, "reporting": REPORTING, None: names}[arguments.purpose]
-    chosen = [name for name in arguments.workloads or names if name in of_purpose or name not in names]
+    of_purpose = PURPOSES.get(arguments.purpose, names)
+    chosen = [name for name in arguments.workloads or [*CHOOSING, *REPORTING] if name in of_purpose or name not in names]
     optimizers = arguments.optimizers or list(OPTIMIZERS)
     for kind, asked, known in (
         ("phase", phases, ("run", "time", "report", "rates")),

@@ -35,6 +35,8 @@ REPORTING = (
     "recommender",
     "resnet, batch norm",
 )
+# For an accelerator: three of the reporting half, with 25 to 50 times their parameters.
+LARGE = ("gpt text, large", "variational autoencoder, large", "denoising, large")
 _STATISTICS_ROWS = 512
 
 
@@ -43,7 +45,7 @@ class Workload(NamedTuple):
 
     Attributes:
       name: as in ``CHOOSING`` or ``REPORTING``.
-      purpose: "choosing" or "reporting".
+      purpose: "choosing", "reporting" or "large".
       init: key -> params, a dict of modules.
       loss: (params, batch) -> mean training loss, ().
       draw: (key, train) -> batch, what one step sees.
@@ -461,7 +463,7 @@ def _wrong_labels():
     }
 
 
-def _gpt_text(d=128, heads=4, blocks=2, length=48):
+def _gpt_text(d=128, heads=4, blocks=2, length=48, rows=8, steps=400):
     train, validation, sample, vocabulary = _text_data(length)
     init_blocks, apply = _transformer_blocks(blocks, d, heads, np.tril(np.ones((length, length), bool))[None, None])
 
@@ -480,11 +482,11 @@ def _gpt_text(d=128, heads=4, blocks=2, length=48):
         "init": init,
         "loss": loss,
         "sample": sample,
-        "rows": 8,
+        "rows": rows,
         "probe_rows": 32,
         "train": train,
         "validation": validation,
-        "steps": 400,
+        "steps": steps,
     }
 
 
@@ -515,7 +517,7 @@ def _vision_transformer(d=32, heads=4, blocks=2):
     }
 
 
-def _variational_autoencoder(latent=8, width=96):
+def _variational_autoencoder(latent=8, width=96, rows=64):
     init_encoder, encode = _mlp((144, width, 2 * latent), jax.nn.relu, math.sqrt(2))
     init_decoder, decode = _mlp((latent, width, 144), jax.nn.relu, math.sqrt(2))
     renamed = lambda name, params: {f"{name}_{layer[-1]}": p for layer, p in params.items()}
@@ -542,14 +544,14 @@ def _variational_autoencoder(latent=8, width=96):
         "init": init,
         "loss": loss,
         "sample": sample,
-        "rows": 64,
+        "rows": rows,
         "train": train,
         "validation": validation,
         "steps": 3000,
     }
 
 
-def _denoising(width=128):
+def _denoising(width=128, rows=64):
     """The noise in images, from their sum at an angle between 0, no noise, and pi / 2, nothing else."""
     init, mlp = _mlp((64 + 8, width, width, width, 64), jax.nn.silu, math.sqrt(2))
 
@@ -573,7 +575,7 @@ def _denoising(width=128):
         "init": init,
         "loss": loss,
         "sample": sample,
-        "rows": 64,
+        "rows": rows,
         "train": train,
         "validation": noisy(jax.random.key(13), jnp.asarray(np.concatenate([held_out, held_out]))),
         "steps": 3000,
@@ -664,6 +666,9 @@ _MAKERS = {
     "denoising": _denoising,
     "recommender": _recommender,
     "resnet, batch norm": _resnet_batch_norm,
+    "gpt text, large": lambda: _gpt_text(d=384, heads=6, blocks=6, length=128, rows=32, steps=1500),
+    "variational autoencoder, large": lambda: _variational_autoencoder(latent=32, width=1024, rows=256),
+    "denoising, large": lambda: _denoising(width=1024, rows=256),
 }
 
 
@@ -674,7 +679,7 @@ def load(name: str) -> Workload:
     sample, rows, train = made["sample"], made["rows"], jax.tree.map(jnp.asarray, made["train"])
     return Workload(
         name=name,
-        purpose="choosing" if name in CHOOSING else "reporting",
+        purpose="choosing" if name in CHOOSING else "reporting" if name in REPORTING else "large",
         init=made["init"],
         loss=made["loss"],
         draw=lambda key, train: sample(key, train, rows),

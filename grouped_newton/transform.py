@@ -280,7 +280,7 @@ def scale_by_grouped_newton(
 
 def grouped_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    groups: _groups.Grouping = _groups.per_module,
+    groups: _groups.Grouping = _groups.single,
     *,
     direction: optax.GradientTransformation | None = None,
     internal_damping: float | Callable[[jax.Array], Any] | _rates.AdaptiveDamping = _rates.adaptive_damping(),

@@ -131,7 +131,7 @@ def problem(seed=0):
 def plain_growth(average, eta, progress, steps, count):
     g, H, eta, (slope, curvature) = (np.asarray(x, float) for x in (average.gbar, average.hbar, eta, progress))
     a, b = g @ eta, eta @ H @ eta
-    wanted = np.log(slope / curvature / RHO) / 2 + np.log(2 * a / b)
+    wanted = np.clip((slope / curvature / RHO - 1) / 2, -0.5, 0.5) + 2 * a / b - 1
     return np.exp(np.clip(GAIN * steps / (count + 10) * np.clip(wanted, -1, 1), -0.5, 0.5))
 
 
@@ -214,10 +214,16 @@ def test_no_group_is_trusted_further_than_a_share_of_its_length_now_or_at_the_st
         assert np.all(np.isfinite(trusted(jnp.ones(5), far, jnp.ones(5), jnp.broadcast_to(direction, 5))))
 
 
+def test_the_way_to_the_average_alone_doesnt_make_steps_grow_that_overshoot(precision):
+    average, eta, _ = problem()
+    short = average._replace(gbar=average.hbar @ eta / 5)
+    assert growth(short, eta, jnp.array([1e6, 1.0]), jnp.int32(10), jnp.int32(50)) < 1
+
+
 def test_rates_follow_a_power_of_the_steps_whatever_the_period(x64):
     """A hundred times the steps at the limit are a hundredth to the power of the gain, in steps of any size."""
     average, eta, progress = problem()
-    average = average._replace(gbar=1e-3 * average.gbar)
+    average, progress = average._replace(gbar=1e-3 * average.gbar), progress.at[0].set(0)
     for period in (1, 10, 50):
         counts = jnp.arange(200, 20_000, period)
         each = jax.vmap(lambda c, p=period: growth(average, eta, progress, jnp.int32(p), c))(counts)

@@ -70,11 +70,20 @@ def record(losses, hypers=None, optimizer="grouped_newton", seed=0, steps=40):
 
 
 def test_the_share_is_where_the_curve_first_crosses_the_target():
-    falling = record([1 - k / 40 for k in range(41)])
-    assert math.isclose(training.share_until(falling, 0.75, 1), 0.25)
-    assert math.isclose(training.share_until(falling, 0.5 + 1 / 80, 1), 0.5 - 1 / 80)
-    assert training.share_until(falling, -1.0, 1) == math.inf
-    assert training.share_until(record([1.0] * 20 + [None] * 21), 0.5, 1) == math.inf
+    falling = training.curve_of(record([1 - k / 40 for k in range(41)]), 1)
+    assert math.isclose(training.share_until(*falling, 0.75), 0.25)
+    assert math.isclose(training.share_until(*falling, 0.5 + 1 / 80), 0.5 - 1 / 80)
+    assert training.share_until(*falling, -1.0) == math.inf
+    stopped = training.curve_of(record([1.0] * 20 + [None] * 21), 1)
+    assert training.share_until(*stopped, 0.5) == math.inf
+
+
+def test_the_curve_of_several_seeds_is_their_geometric_mean():
+    records = [record([2.0] * 41), record([0.5] * 40 + [None], seed=1)]
+    at, losses = training.mean_curve(records, 1)
+    assert at[-1] == 1
+    assert math.isclose(losses[0], 1.0)
+    assert losses[-1] == math.inf
 
 
 def test_ratios_and_shares_are_over_the_best_setting_of_adamw(tmp_path):
