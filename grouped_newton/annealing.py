@@ -13,10 +13,11 @@ the second half of runs at Adam's best constant rate, 0.01 or 0.03, it was 0.06 
 fifth with endless data (docs/training.md). So after the first steps, when slopes are signal, the ratios of the rates
 stay, and their size follows both
 
-  d log eta / d log step = GAIN clip( clip((rho / RHO - 1) / 2, -1/2, 1/2) + 2 a / b - 1, -1, 1)
+  d log eta / d log step = GAIN clip( clip(rho / RHO - 1, -1, 1/2) + 2 a / b - 1, -1, 1/4)
 
 Both terms are linear in what a batch is noise to: the logarithm of a noisy quotient is too low in the mean, and rates
-would fall for the noise alone. The first term is bounded so that it doesn't make steps grow that overshoot already.
+would fall for the noise alone. While the average lags behind at the start rho is large: the first term is bounded so
+that it can't make steps grow that overshoot already, and growth as a whole since a / b is known late.
 
 A loss that doesn't see the length of some parameters, as with BatchNorm, sets no bound to their rates: large steps
 make them longer and are then small in proportion, for good. So no group goes further in a step than TRUST of its length
@@ -99,8 +100,8 @@ def growth(average: Summary, eta: jax.Array, progress: jax.Array, steps: jax.Arr
     slope, curvature = progress
     known = (curvature > 0) & (b > 0)
     ratio = lambda x, y: x / jnp.where(y > 0, y, 1)
-    by_average = jnp.clip((ratio(slope, curvature) / RHO - 1) / 2, -0.5, 0.5)
+    by_average = jnp.clip(ratio(slope, curvature) / RHO - 1, -1, 0.5)
     by_step = 2 * ratio(a, b) - 1
     pace = GAIN * steps.astype(dtype) / (count.astype(dtype) + 10)
-    change = pace * jnp.clip(by_average + by_step, -1, 1)
+    change = pace * jnp.clip(by_average + by_step, -1, 0.25)
     return jnp.where(known, jnp.exp(jnp.clip(change, -0.5, 0.5)), 1).astype(dtype)

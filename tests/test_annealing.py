@@ -131,8 +131,8 @@ def problem(seed=0):
 def plain_growth(average, eta, progress, steps, count):
     g, H, eta, (slope, curvature) = (np.asarray(x, float) for x in (average.gbar, average.hbar, eta, progress))
     a, b = g @ eta, eta @ H @ eta
-    wanted = np.clip((slope / curvature / RHO - 1) / 2, -0.5, 0.5) + 2 * a / b - 1
-    return np.exp(np.clip(GAIN * steps / (count + 10) * np.clip(wanted, -1, 1), -0.5, 0.5))
+    wanted = np.clip(slope / curvature / RHO - 1, -1, 0.5) + 2 * a / b - 1
+    return np.exp(np.clip(GAIN * steps / (count + 10) * np.clip(wanted, -1, 0.25), -0.5, 0.5))
 
 
 def test_growth_is_that_of_the_formula_and_one_where_both_quotients_are_as_wanted(precision):
