@@ -551,7 +551,7 @@ def draw_picture(results: Results, path: Path | str) -> None:
 
 
 def draw_rates(path: Path | str, name: str = "noisy regression, slow", steps: int = 20_000, seed: int = 0) -> None:
-    """The rates of grouped_newton over a long run on endless noisy data, and its validation loss."""
+    """The rate of grouped_newton over a long run on endless noisy data, and its validation loss."""
     import matplotlib.pyplot as plt
 
     from grouped_newton import plotting
@@ -565,8 +565,8 @@ def draw_rates(path: Path | str, name: str = "noisy regression, slow", steps: in
         etas.append(np.asarray(optax.tree.get(carry[1], "GroupedNewtonState").eta))
         losses.append(float(validate(carry[1], carry[0])))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    plotting.plot_rates(left, at, etas, gn.groups.names(gn.groups.per_module, carry[0]))
-    left.set(xscale="log", title=f"{name}: rates")
+    plotting.plot_rates(left, at, etas, gn.groups.names(gn.groups.single, carry[0]))
+    left.set(xscale="log", title=f"{name}: rate")
     left.legend()
     right.plot(at, losses, color="black")
     right.set(xscale="log", yscale="log", xlabel="step", title="validation loss")
@@ -659,7 +659,8 @@ def main():
             if any(found == length for _, _, found in results.runs):
                 print(f"\n{length:g} of the workload's own steps\n\n{table(results, length)}")
         print(f"\n{lengths_table(results)}\n\n{slowdowns(results)}")
-        draw_picture(results, arguments.picture)
+        if results.runs:
+            draw_picture(results, arguments.picture)
     if "rates" in phases:
         draw_rates(arguments.picture.with_name("rates.png"))
 
