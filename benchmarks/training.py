@@ -633,8 +633,10 @@ def main():
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH", help="(default: docs/training.png)")
     arguments = parser.parse_args()
     phases = arguments.phases or ["run", "time", "report"]
-    of_purpose = PURPOSES.get(arguments.purpose, names)
-    chosen = [name for name in arguments.workloads or [*CHOOSING, *REPORTING] if name in of_purpose or name not in names]
+    of_purpose = PURPOSES.get(arguments.purpose, [*CHOOSING, *REPORTING])
+    chosen = arguments.workloads or of_purpose
+    if arguments.purpose:
+        chosen = [name for name in chosen if name in of_purpose or name not in names]
     optimizers = arguments.optimizers or list(OPTIMIZERS)
     for kind, asked, known in (
         ("phase", phases, ("run", "time", "report", "rates")),
