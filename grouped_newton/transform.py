@@ -36,9 +36,9 @@ class GroupedNewtonState(NamedTuple):
       model_error: quotient of the last refresh where the damping adapts, see
         ``adaptive_damping``; 0 otherwise and where it isn't reliable, ().
       loss: the loss at the last refresh, ().
-      gbar, hbar, third: running averages of the summary, third being |third|,
+      gbar, hbar, third: running averages of the summary, third of its size,
         (S,), (S, S), (S,).
-      recent: |hbar_ss| of about the last five summaries, (S,).
+      recent: size of hbar_ss, of about the last five summaries, (S,).
       progress: slope and curvature from the averaged params to the params, zeros
         where no average is given, (2,).
       start: root of the mean square of each group at ``init``, (S,).
@@ -294,12 +294,12 @@ def grouped_newton(
     max_stack: int | None = None,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that computes its learning rates, one per group of parameters.
+    """An optimizer that computes its learning rate, for all parameters or per group of them.
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
     optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with the
-    defaults that train best untuned: Adam's direction with b1 = 0.9 and b2 = 0.99, a group a
-    module, :func:`edge_rates` of summaries on batches that their direction hasn't seen, averaged over
+    defaults that train best untuned: Adam's direction with b1 = 0.9 and b2 = 0.99, one group
+    for all parameters, :func:`edge_rates` of summaries on batches that their direction hasn't seen, averaged over
     a share of the training so far, a damping that follows the model's error, and an average of the
     parameters to evaluate at, ``eval_params(state, params)``, which also tells when larger rates are
     no longer worth it. It needs no number of steps: rates fall by themselves when noise is all that is
@@ -312,7 +312,7 @@ def grouped_newton(
     Args:
       learning_rate: a factor on all computed rates, or a schedule of the step;
         the paper's lambda_1. 1 by default.
-      groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
+      groups: a grouping, see :mod:`grouped_newton.groups`; one group by default.
       direction: a transform that makes the direction from the gradient, neither negated
         nor scaled: ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. By default
         ``optax.scale_by_adam(b1=0.9, b2=0.99)``, its moments in at least float32. Weight decay goes
