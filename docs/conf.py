@@ -35,3 +35,12 @@ if os.environ.get("DOCS_INTERSPHINX"):
         "optax": ("https://optax.readthedocs.io/en/latest", None),
         "flax": ("https://flax.readthedocs.io/en/latest", None),
     }
+
+
+def as_a_user_writes_it(app, what, name, obj, options, signature, returns):
+    """Defaults without the modules' private names for each other."""
+    return signature and signature.replace("_groups.", "groups.").replace("_rates.", ""), returns
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", as_a_user_writes_it)

@@ -38,7 +38,7 @@ def cubic_rates() -> RateRule:
       [0.75]
 
     References:
-      P. Wolinski, arXiv 2312.03885, equation for eta*.
+      Pierre Wolinski, arXiv 2312.03885, equation for eta*.
     """
     return lambda summary, lam: solve_cubic(summary.gbar, summary.hbar, _scale_of_cubic(summary), lam)
 

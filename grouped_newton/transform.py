@@ -36,8 +36,9 @@ class GroupedNewtonState(NamedTuple):
       model_error: quotient of the last refresh where the damping adapts, see
         ``adaptive_damping``; 0 otherwise and where it isn't reliable, ().
       loss: the loss at the last refresh, ().
-      gbar, hbar, third: running averages of the summary, third of its size,
-        (S,), (S, S), (S,).
+      gbar: running average of the summaries' slopes, (S,).
+      hbar: of their curvatures, (S, S).
+      third: of the size of their third derivatives, (S,).
       recent: size of hbar_ss, of about the last five summaries, (S,).
       progress: slope and curvature from the averaged params to the params, zeros
         where no average is given, (2,).
@@ -161,7 +162,7 @@ def scale_by_grouped_newton(
       [0.0, 0.0, 0.0]
 
     References:
-      P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
+      Pierre Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
     _check_arguments(internal_damping, refresh_every, rates, summary_memory)
@@ -363,7 +364,7 @@ def grouped_newton(
       True
 
     References:
-      P. Wolinski, arXiv 2312.03885.
+      Pierre Wolinski, arXiv 2312.03885.
     """
     direction = _in_float32(optax.scale_by_adam(b1=0.9, b2=0.99)) if direction is None else direction
     if not isinstance(direction, optax.GradientTransformation):
