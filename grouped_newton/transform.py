@@ -588,7 +588,7 @@ def _check_update_arguments(params, value_fn):
     if value_fn is None:
         raise ValueError(
             "update needs value_fn, a function from params to the loss: tx.update(grads, state, params,"
-            " value_fn=lambda p: loss(p, curvature_batch)). A wrapper that drops extra arguments drops it too"
+            " value_fn=lambda p: loss(p, batch)). A wrapper that drops extra arguments drops it too"
         )
     if not callable(value_fn):
         raise TypeError(f"value_fn must be a function from params to the loss, got {value_fn!r}")

@@ -80,11 +80,10 @@ def test_the_python_of_a_page_runs_in_order(path):
     run_page(path)
 
 
-@pytest.mark.parametrize(("path", "params", "least"), [(PAGES[0], "eval_params", 1), (START, "averaged", 0.5)])
-def test_the_snippets_train(path, params, least):
-    """From a regression's 5, and from ln 3."""
-    found = run_page(path)
-    assert found["loss_of"](found[params], found["batch"]) < least
+def test_the_readme_trains():
+    """Pages assert as much themselves."""
+    found = run_page(ROOT / "README.md")
+    assert found["loss_of"](found["eval_params"], found["batch"]) < 1  # from about 5
 
 
 def test_the_readme_is_short():
