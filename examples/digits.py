@@ -140,7 +140,8 @@ def last_summary(run, train_set, seed):
     graphdef = nnx.graphdef(Network(nnx.Rngs(seed)))
     value_fn = lambda params: loss_of(graphdef, params, train_set)
     names = gn.groups.names(gn.groups.per_module, state.origin)
-    return gn.summarize(value_fn, state.origin, state.direction, gn.groups.per_module), names
+    summarize = jax.jit(lambda params, direction: gn.summarize(value_fn, params, direction, gn.groups.per_module))
+    return summarize(state.origin, state.direction), names
 
 
 def draw(runs, summary, layers, path):
