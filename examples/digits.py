@@ -2,8 +2,8 @@
 
 AdamW warms up for 5 % of the steps and falls to 0 by a cosine. Adam has a constant
 rate; it and grouped_newton are evaluated at an average of their parameters. Prints
-a table and draws the losses on the test set, the rate of every group over time and
-the curvature between groups.
+a table and draws the losses on the test set, the rate that grouped_newton computes
+over time, and the curvature between the layers along its last direction.
 """
 
 import argparse
@@ -59,6 +59,13 @@ class Run(NamedTuple):
     opt_states: list  # T of them
 
 
+def loss_of(graphdef, params, batch):
+    """Cross-entropy of a network."""
+    images, labels = batch
+    logits = nnx.merge(graphdef, params)(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
 def load_data(seed):
     """Training images and labels, then held-out ones."""
     digits = load_digits()
@@ -89,11 +96,7 @@ def train(name, tx, train_set, test_set, steps, seed):
     """Trains a new network; the seed fixes its weights and all batches."""
     graphdef, params = nnx.split(Network(nnx.Rngs(seed)), nnx.Param)
     tx = optax.with_extra_args_support(tx)  # lets the others ignore value and value_fn
-
-    def loss_fn(params, batch):
-        images, labels = batch
-        logits = nnx.merge(graphdef, params)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    loss_fn = lambda params, batch: loss_of(graphdef, params, batch)
 
     def step(params, opt_state, indices):
         batch = train_set[0][indices], train_set[1][indices]
@@ -131,8 +134,18 @@ def train(name, tx, train_set, test_set, steps, seed):
     return Run(*results, np.array(at), np.array(losses), list(opt_states))
 
 
-def draw(runs, group_names, path):
-    """Loss curves, rates and curvature in one PNG."""
+def last_summary(run, train_set, seed):
+    """Derivatives by layer along the run's last direction, from where that step began, over all training images."""
+    state = optax.tree.get(run.opt_states[-1], "GroupedNewtonState")
+    graphdef = nnx.graphdef(Network(nnx.Rngs(seed)))
+    value_fn = lambda params: loss_of(graphdef, params, train_set)
+    names = gn.groups.names(gn.groups.per_module, state.origin)
+    summarize = jax.jit(lambda params, direction: gn.summarize(value_fn, params, direction, gn.groups.per_module))
+    return summarize(state.origin, state.direction), names
+
+
+def draw(runs, summary, layers, path):
+    """Loss curves, the rate over time and the curvature between layers in one PNG."""
     newton = runs[NEWTON]
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -156,16 +169,16 @@ def draw(runs, group_names, path):
     ax = panels["rates"]
     states = [optax.tree.get(state, "GroupedNewtonState") for state in newton.opt_states]
     eta, caution = (np.stack([getattr(state, name) for state in states[1:]]) for name in ("eta", "caution"))
-    plotting.plot_rates(ax, newton.steps[1:], eta, group_names, caution=caution)
+    (line,) = plotting.plot_rates(ax, newton.steps[1:], eta, ["all parameters"], caution=caution)
+    line.set_color("#4B2A82")
     ax.axhline(1e-3, color="0.5", linewidth=1, zorder=0)
     ax.annotate("Adam's default", (0.01, 1e-3), (0, 3), ax.get_yaxis_transform(), "offset points", color="0.35")
     ax.set_ylim(bottom=min(ax.get_ylim()[0], 3e-4))
     ax.sharex(panels["losses"])
-    ax.set(ylabel=f"rates by {NEWTON}", xlabel="step (triangles: the rate is 0)" if np.any(eta <= 0) else "step")
-    ax.legend(ncols=len(group_names), **legend_above)
+    ax.set(ylabel=f"rate by {NEWTON}", xlabel="step (triangles: the rate is 0)" if np.any(eta <= 0) else "step")
 
     ax = panels["curvature"]
-    plotting.plot_curvature(ax, states[-1].hbar, group_names)
+    plotting.plot_curvature(ax, summary.hbar, layers)
     ax.set_title("Curvature between layers at the end", pad=12)
     ax.set_xlabel(r"$\bar{H}_{st}\,/\,\sqrt{|\bar{H}_{ss}\,\bar{H}_{tt}|}$", labelpad=12)
 
@@ -210,8 +223,7 @@ def main():
     }
     print(f"\n{arguments.steps} steps of batch {BATCH}, seed {arguments.seed}; compilation is not in the seconds\n")
     print(table(runs))
-    group_names = gn.groups.names(gn.groups.per_module, nnx.state(Network(nnx.Rngs(0)), nnx.Param))
-    draw(runs, group_names, arguments.out)
+    draw(runs, *last_summary(runs[NEWTON], train_set, arguments.seed), arguments.out)
     print(f"\nPicture: {arguments.out}")
 
 

@@ -1,4 +1,4 @@
-"""Exact second- and third-order learning rates, one per group of parameters, for JAX.
+"""Exact second- and third-order learning rates, for all parameters or per group of them, for JAX.
 
 See ``grouped_newton`` for the optimizer and ``summarize`` for the derivatives.
 """

@@ -52,7 +52,7 @@ def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraAr
       (3.0, 2.0)
 
     References:
-      O. Shamir and T. Zhang, Stochastic Gradient Descent for Non-smooth
+      Ohad Shamir and Tong Zhang, Stochastic Gradient Descent for Non-smooth
       Optimization, arXiv 1212.1824 (polynomial-decay averaging).
     """
     if not isinstance(fraction, jax.core.Tracer) and not 0 < fraction <= 1:

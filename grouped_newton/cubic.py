@@ -92,9 +92,9 @@ def solve_cubic(gbar: Any, hbar: Any, d: Any, internal_damping: Any) -> CubicSol
       ('SOLVED', ['0.297', '2.719'])
 
     References:
-      Y. Nesterov and B. Polyak, Cubic regularization of Newton method and its
+      Yurii Nesterov and Boris Polyak, Cubic regularization of Newton method and its
       global performance, Mathematical Programming 108 (2006).
-      P. Wolinski, arXiv 2312.03885, for the anisotropic form.
+      Pierre Wolinski, arXiv 2312.03885, for the anisotropic form.
     """
     gbar, hbar, d, lam = map(jnp.asarray, (gbar, hbar, d, internal_damping))
     dtype = jnp.result_type(gbar, hbar, d, jnp.float32)

@@ -38,7 +38,7 @@ def cubic_rates() -> RateRule:
       [0.75]
 
     References:
-      P. Wolinski, arXiv 2312.03885, equation for eta*.
+      Pierre Wolinski, arXiv 2312.03885, equation for eta*.
     """
     return lambda summary, lam: solve_cubic(summary.gbar, summary.hbar, _scale_of_cubic(summary), lam)
 
@@ -122,7 +122,7 @@ class ModelError(NamedTuple):
     """How far the loss at the new rates is from its quadratic model, on one batch.
 
     Attributes:
-      quotient: |actual - quadratic decrease| / (eta^T hbar eta / 2), ().
+      quotient: ``|actual - quadratic decrease| / (eta^T hbar eta / 2)``, ().
       reliable: whether the quotient is more than rounding, bool ().
       gross: whether the step isn't finite or the loss rises above the model by
         more than the model's own terms, bool ().

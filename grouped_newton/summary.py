@@ -104,7 +104,7 @@ def summarize(
       ([180.0, 25.0], [[1080.0, 300.0], [300.0, 0.0]])
 
     References:
-      P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
+      Pierre Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
     check_options(method, order, max_stack)

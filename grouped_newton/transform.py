@@ -36,9 +36,10 @@ class GroupedNewtonState(NamedTuple):
       model_error: quotient of the last refresh where the damping adapts, see
         ``adaptive_damping``; 0 otherwise and where it isn't reliable, ().
       loss: the loss at the last refresh, ().
-      gbar, hbar, third: running averages of the summary, third being |third|,
-        (S,), (S, S), (S,).
-      recent: |hbar_ss| of about the last five summaries, (S,).
+      gbar: running average of the summaries' slopes, (S,).
+      hbar: of their curvatures, (S, S).
+      third: of the size of their third derivatives, (S,).
+      recent: size of hbar_ss, of about the last five summaries, (S,).
       progress: slope and curvature from the averaged params to the params, zeros
         where no average is given, (2,).
       start: root of the mean square of each group at ``init``, (S,).
@@ -161,7 +162,7 @@ def scale_by_grouped_newton(
       [0.0, 0.0, 0.0]
 
     References:
-      P. Wolinski, Adapting Newton's Method to Neural Networks through a Summary
+      Pierre Wolinski, Adapting Newton's Method to Neural Networks through a Summary
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
     _check_arguments(internal_damping, refresh_every, rates, summary_memory)
@@ -294,12 +295,12 @@ def grouped_newton(
     max_stack: int | None = None,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that computes its learning rates, one per group of parameters.
+    """An optimizer that computes its learning rate, for all parameters or per group of them.
 
     ``optax.chain(direction, scale_by_grouped_newton(...),
     optax.scale_by_learning_rate(learning_rate), average_params(averaging))``, with the
-    defaults that train best untuned: Adam's direction with b1 = 0.9 and b2 = 0.99, a group a
-    module, :func:`edge_rates` of summaries on batches that their direction hasn't seen, averaged over
+    defaults that train best untuned: Adam's direction with b1 = 0.9 and b2 = 0.99, one group
+    for all parameters, :func:`edge_rates` of summaries on batches that their direction hasn't seen, averaged over
     a share of the training so far, a damping that follows the model's error, and an average of the
     parameters to evaluate at, ``eval_params(state, params)``, which also tells when larger rates are
     no longer worth it. It needs no number of steps: rates fall by themselves when noise is all that is
@@ -312,7 +313,7 @@ def grouped_newton(
     Args:
       learning_rate: a factor on all computed rates, or a schedule of the step;
         the paper's lambda_1. 1 by default.
-      groups: a grouping, see :mod:`grouped_newton.groups`; per module by default.
+      groups: a grouping, see :mod:`grouped_newton.groups`; one group by default.
       direction: a transform that makes the direction from the gradient, neither negated
         nor scaled: ``optax.scale_by_adam()``, not ``optax.adam(1e-3)``. By default
         ``optax.scale_by_adam(b1=0.9, b2=0.99)``, its moments in at least float32. Weight decay goes
@@ -363,7 +364,7 @@ def grouped_newton(
       True
 
     References:
-      P. Wolinski, arXiv 2312.03885.
+      Pierre Wolinski, arXiv 2312.03885.
     """
     direction = _in_float32(optax.scale_by_adam(b1=0.9, b2=0.99)) if direction is None else direction
     if not isinstance(direction, optax.GradientTransformation):
@@ -587,7 +588,7 @@ def _check_update_arguments(params, value_fn):
     if value_fn is None:
         raise ValueError(
             "update needs value_fn, a function from params to the loss: tx.update(grads, state, params,"
-            " value_fn=lambda p: loss(p, curvature_batch)). A wrapper that drops extra arguments drops it too"
+            " value_fn=lambda p: loss(p, batch)). A wrapper that drops extra arguments drops it too"
         )
     if not callable(value_fn):
         raise TypeError(f"value_fn must be a function from params to the loss, got {value_fn!r}")

@@ -1,9 +1,13 @@
-"""What is written is run: README, docstrings and notebooks, all found by glob."""
+"""What is written is run: README, pages, docstrings and notebooks, all found by glob; and the site is built of them."""
 
 import doctest
+import functools
 import importlib
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -14,9 +18,20 @@ import pytest
 import grouped_newton as gn
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+START = DOCS / "getting_started.md"
 MODULES = sorted(path.stem for path in (ROOT / "grouped_newton").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OPTIONAL = ("equinox",)  # not a dependency of the tests
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def code_blocks(text, language):
@@ -30,28 +45,51 @@ def code_blocks(text, language):
 
 def section(word):
     """The one section of the README whose heading contains a word."""
-    sections = re.split(r"^(?=## )", README, flags=re.MULTILINE)
+    sections = re.split(r"^(?=## )", read(ROOT / "README.md"), flags=re.MULTILINE)
     (found,) = [s for s in sections if word in s.splitlines()[0]]
     return found
 
 
-def trace_one_update(tx, params, loss_of, batch, **_):
-    """Every optimizer that the README makes takes a step, if only in shapes."""
-    jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, value_fn=lambda q: loss_of(q, batch)), params)
-
-
-def test_the_python_of_the_readme_runs_in_order():
-    namespace = {"__name__": "readme"}
-    blocks = list(code_blocks(README, "python"))
-    assert len(blocks) == README.count("```python") > 0
+@functools.cache
+def run_page(path):
+    """What a page's Python leaves, run in order; a guide may go on from Getting started."""
+    text = read(path)
+    namespace = dict(run_page(START)) if "The snippets go on from [Getting" in text else {"__name__": path.stem}
+    blocks = list(code_blocks(text, "python"))
+    assert len(blocks) == text.count("```python")
     for line, code in blocks:
+        for module in OPTIONAL:
+            if f"import {module}" in code:
+                pytest.importorskip(module)
         before = namespace.get("tx")
-        exec(compile("\n" * line + code, "README.md", "exec"), namespace)
-        if namespace.get("tx") is not before:
-            trace_one_update(**namespace)
-    # The snippets did train: from ln 3 or more, and from a regression's variance of 5.
-    assert namespace["loss"] < 0.9
-    assert namespace["loss_of"](namespace["params"], namespace["batch"]) < 1
+        with jax.numpy_rank_promotion("allow"):  # as it is for a reader
+            exec(compile("\n" * line + code, name_of(path), "exec"), namespace)
+            if namespace.get("tx") is not before and "tx.update" not in code:
+                trace_one_update(**namespace)
+    return namespace
+
+
+def trace_one_update(tx, params, loss_of, batch, **_):
+    """Every optimizer that a page makes takes a step, if only in shapes."""
+    value_fn = lambda p: loss_of(p, batch)
+    jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, value=value_fn(p), value_fn=value_fn), params)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if "```python" in read(path)], ids=name_of)
+def test_the_python_of_a_page_runs_in_order(path):
+    run_page(path)
+
+
+def test_the_readme_trains():
+    """Pages assert as much themselves."""
+    found = run_page(ROOT / "README.md")
+    assert found["loss_of"](found["eval_params"], found["batch"]) < 1  # from about 5
+
+
+def test_the_readme_is_short():
+    text = read(ROOT / "README.md")
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 900
 
 
 @pytest.mark.parametrize("heading", ["Quick start", "Test"])
@@ -61,10 +99,59 @@ def test_a_section_of_the_readme_has_one_shell_command(heading):
     assert all(line.endswith("&&") for line in command.splitlines()[:-1])  # and stops at the first failure
 
 
-def test_files_that_the_readme_links_to_exist():
-    targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert targets
-    assert [t for t in targets if not (ROOT / t).is_file()] == []
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_what_a_page_links_to_exists(path):
+    """Files, and in pages the headings."""
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", read(path))
+    assert [t for t in targets if not exists(path, t)] == []
+
+
+def exists(path, target):
+    file, _, anchor = target.partition("#")
+    file = path.parent / file if file else path
+    if not file.is_file():
+        return False
+    headings = re.findall(r"^#+ (.*)$", read(file), re.MULTILINE) if anchor else []
+    return not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    seen, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop().resolve()
+        if page not in seen:
+            seen.add(page)
+            ahead += [page.parent / t for t in re.findall(r"\]\(([^):#]+\.md)", read(page))]
+    # The site's own first page and its reference are made of directives.
+    assert {name_of(p) for p in PAGES if p.resolve() not in seen} <= {"docs/index.md", "docs/api.md"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built without a network and with warnings as errors."""
+    folder = tmp_path_factory.mktemp("site")
+    environment = {k: v for k, v in os.environ.items() if k != "DOCS_INTERSPHINX"} | {"PYTHONPATH": str(ROOT)}
+    options = "-W", "--keep-going", "-q", "-d", folder / "doctrees"
+    command = [sys.executable, "-m", "sphinx", *options, DOCS, folder / "html"]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder / "html"
+
+
+def test_the_site_has_every_page_and_notebook(site):
+    pages = [path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")]
+    pages += [pathlib.Path("notebooks") / f"{path.stem}.html" for path in NOTEBOOKS]
+    assert [page for page in pages if not (site / page).is_file()] == []
+    assert (site / "index.html").is_file()
+
+
+def test_every_public_name_is_on_the_site(site):
+    reference = (site / "api.html").read_text(encoding="utf-8")
+    named = set(re.findall(r"gn\.groups\.(\w+)", "".join(map(read, PAGES))))
+    assert len(named) > 6
+    names = [f"grouped_newton.{name}" for name in gn.__all__ if name != "groups"]
+    names += [f"grouped_newton.groups.{name}" for name in named]
+    assert [name for name in names if f'id="{name}"' not in reference] == []
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -75,7 +162,7 @@ def test_docstring_examples_run(name):
 
 def test_every_public_function_has_an_example():
     functions = {getattr(gn, name) for name in gn.__all__} | {
-        getattr(gn.groups, name) for name in re.findall(r"gn\.groups\.(\w+)", README)
+        getattr(gn.groups, name) for name in re.findall(r"gn\.groups\.(\w+)", "".join(map(read, PAGES)))
     }
     functions = {f for f in functions if isinstance(f, types.FunctionType)}
     assert len(functions) > 10

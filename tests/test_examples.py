@@ -4,10 +4,12 @@ import pathlib
 import runpy
 import sys
 
+import jax
 import jax.numpy as jnp
 import matplotlib.image
 import optax
 import pytest
+from flax import nnx
 
 import grouped_newton as gn
 
@@ -43,6 +45,24 @@ def test_digits_are_evaluated_at_the_average_where_there_is_one():
     assert evaluated(tx.init(start), params).tolist() == [1.0]
     assert evaluated(gn.grouped_newton().init(start), params).tolist() == [1.0]
     assert evaluated(optax.adam(1e-3).init(start), params).tolist() == [2.0]
+
+
+def test_digits_draw_the_curvature_along_the_last_step_from_where_it_began():
+    """Summed over all layers it is the second derivative along the whole direction."""
+    (path,) = (path for path in EXAMPLES if path.stem == "digits")
+    digits = runpy.run_path(str(path))
+    train_set = tuple(x[:16] for x in digits["load_data"](0)[0])
+    graphdef, origin = nnx.split(digits["Network"](nnx.Rngs(0)), nnx.Param)
+    direction = jax.tree.map(jnp.cos, origin)
+    state = gn.grouped_newton().init(origin)
+    newton = optax.tree.get(state, "GroupedNewtonState")._replace(direction=direction)
+    run = digits["Run"](*[None] * 7, [state, (newton,)])
+    summary, layers = digits["last_summary"](run, train_set, 0)
+    assert layers == ("conv1", "conv2", "hidden", "output")
+
+    along = lambda t: digits["loss_of"](graphdef, jax.tree.map(lambda x, u: x + t * u, origin, direction), train_set)
+    expected = jax.jvp(jax.grad(along), (0.0,), (1.0,))[1]
+    assert jnp.abs(jnp.sum(summary.hbar) - expected) < 1e-3 * jnp.sum(jnp.abs(summary.hbar))
 
 
 def test_help_names_every_option(run_example, capsys):

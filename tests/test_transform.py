@@ -1248,7 +1248,7 @@ def test_a_direction_that_is_no_transformation_is_refused(direction):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"value_fn": None}, ValueError, r"update needs value_fn, .*value_fn=lambda p: loss\(p, curvature_batch\)"),
+        ({"value_fn": None}, ValueError, r"update needs value_fn, .*value_fn=lambda p: loss\(p, batch\)"),
         ({"value_fn": 3.0}, TypeError, r"value_fn must be a function from params to the loss, got 3\.0"),
         ({"value_fn": lambda p: (sum_of_squares(p), {})}, TypeError, r"one real number, got .*loss_fn\(params\)\[0\]"),
         (
