@@ -40,6 +40,18 @@ def by_rule(closed: Any) -> Any:
     return _opened(closed)
 
 
+def in_forward_mode(fn: Callable[[list], jax.Array], args: list) -> Callable[[list], jax.Array] | None:
+    """``fn`` of a list of arrays by the rules of its custom_vjps, so that jvps can be nested; None if it has none."""
+    closed = jax.make_jaxpr(fn)(args)
+    run = jex.jaxpr_as_fun(by_rule(closed))
+    jvp = jax.make_jaxpr(lambda xs: jax.jvp(run, xs, xs))(args)
+    if holds(jvp, CUSTOM_VJP):  # in the rules of its custom_jvps
+        run = followed(run)
+    elif not holds(closed, CUSTOM_VJP):
+        return None
+    return lambda args: run(*args)[0]
+
+
 def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
     """``fn`` as a custom_jvp whose rule is its own jvp, without the custom_vjps that this holds."""
     return _with_rule(fn, jax.jvp, output_is_itself=False)
