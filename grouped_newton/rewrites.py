@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.custom_derivatives import SymbolicZero, linear_call, zero_from_primal
 
 from grouped_newton import placement
 
@@ -54,7 +54,7 @@ def in_forward_mode(fn: Callable[[list], jax.Array], args: list) -> Callable[[li
 
 def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
     """``fn`` as a custom_jvp whose rule is its own jvp, without the custom_vjps that this holds."""
-    return _with_rule(fn, jax.jvp, output_is_itself=False)
+    return _with_rule(fn, jax.jvp)
 
 
 @contextlib.contextmanager
@@ -81,13 +81,14 @@ def _transposed(f, at, along):
     return z, jax.vjp(pull, small)[1](along)[0]
 
 
-def _with_rule(fn, jvp, output_is_itself):
+def _with_rule(fn, jvp, itself=None):
     """``fn``, from arrays to a list of arrays, as a custom_jvp.
 
     ``jvp(f, xs, dxs)`` gives its outputs and tangents, for f of the operands that move to the outputs that can; here it
-    is traced, rewritten, and its outputs replaced by those of ``fn`` itself, if so desired.
+    is traced and rewritten. Where its outputs are to have no other derivatives than these, ``itself`` is what computes
+    them there.
     """
-    outer = jax.custom_jvp(fn)
+    outer = jax.custom_jvp(itself or fn)
 
     def rule(primals, tangents):
         moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero) and is_float(jax.typeof(t))]
@@ -99,40 +100,64 @@ def _with_rule(fn, jvp, output_is_itself):
             return jvp(f, tuple(primals[i] for i in moved), along)
 
         along = tuple(tangents[i] for i in moved)
-        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along))
+        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along), len(along))
         outs = list(outer(*primals))
         real = [o for o, z in enumerate(outs) if is_float(jax.typeof(z))]
         makes = {v for eqn in closed.jaxpr.eqns for v in eqn.outvars}
         names = zip(closed.jaxpr.outvars, (outs[o] for o in real), strict=False)
-        known = {v: z for v, z in names if not isinstance(v, jex.Literal) and v in makes} if output_is_itself else {}
+        known = {v: z for v, z in names if not isinstance(v, jex.Literal) and v in makes} if itself else {}
         found = _run(closed.jaxpr, closed.consts, [*primals, *along], known)
         dz = [zero_from_primal(z) for z in outs]
         for o, z, dz_o in zip(real, found[: len(real)], found[len(real) :], strict=True):
-            outs[o], dz[o] = outs[o] if output_is_itself else z, dz_o
+            outs[o], dz[o] = outs[o] if itself else z, dz_o
         return outs, dz
 
     outer.defjvp(rule, symbolic_zeros=True)
     return outer
 
 
-def _opened(closed):
-    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+def _linear_in(fn, where):
+    """``fn``, which is linear in some operands though perhaps a loop until it converges, so that it has a transpose."""
+
+    def linear(*values):
+        rest = replaced(values, where, [None] * len(where))
+        apply = lambda rest, xs: fn(*replaced(rest, where, xs))
+        transpose = lambda rest, ct: jax.vjp(lambda *xs: apply(rest, xs), *map(jnp.zeros_like, xs))[1](ct)
+        xs = tuple(values[i] for i in where)
+        return linear_call(apply, transpose, rest, xs)
+
+    return linear
 
 
-def _run(jaxpr, consts, args, known=()):
+def _opened(closed, num_linear=0):
+    """Without calls and custom_vjps; the last operands are tangents, of which the outputs are linear functions."""
+    linear = closed.jaxpr.invars[len(closed.jaxpr.invars) - num_linear :]
+    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args, (), linear))(*closed.in_avals)
+
+
+def _run(jaxpr, consts, args, known=(), linear=()):
     """The outputs, given the values of some variables; calls are opened, but for remat."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)) | dict(known)
+    linear = set(linear)
     for eqn in live_equations(jaxpr, known):
-        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars])
+        where = [i for i, v in enumerate(eqn.invars) if variable(v) in linear]
+        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars], where)
         env.update((v, z) for v, z in zip(eqn.outvars, outs, strict=True) if v not in known)
+        linear.update(eqn.outvars if where else ())
     return [read(env, v) for v in jaxpr.outvars]
 
 
-def _evaluated(eqn, jaxpr, values):
+def _evaluated(eqn, jaxpr, values, linear):
     name, inner = kind(eqn), body(eqn)
-    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs)
+
+    def inside(*xs):
+        jaxpr = getattr(inner, "jaxpr", inner)
+        return _run(jaxpr, getattr(inner, "consts", ()), xs, (), [jaxpr.invars[i] for i in linear])
+
     if name in CUSTOM_VJP:
-        return _with_rule(lambda *xs: evaluate(eqn, jaxpr, xs), _transposed, output_is_itself=True)(*values)
+        call = lambda *xs: evaluate(eqn, jaxpr, xs)
+        itself = _linear_in(call, linear) if linear and all(is_float(v.aval) for v in eqn.outvars) else call
+        return _with_rule(call, _transposed, itself)(*values)
     if name in CALLS - REMAT and inner is not None:
         return inside(*values)
     if name in CUSTOM_JVP or not any(holds(b, CUSTOM_VJP) for b in bodies(eqn)):

@@ -67,9 +67,14 @@ def summarize(
 
     Args:
       value_fn: the loss L, from params to one real number. It may close over a
-        batch, dropout keys or statistics. Where it uses ``jax.custom_vjp``, the
-        sweep differentiates the function and not its rule; ``jax.custom_jvp``
-        rules are followed.
+        batch, dropout keys or statistics. Custom rules are followed: slopes are
+        those of ``jax.grad``, and ``jax.custom_vjp`` counts as a ``custom_jvp``
+        whose jvp is the transpose of its bwd. Where a rule isn't the derivative
+        of its function, hbar and third are those of the rule's jvp; where it is
+        no gradient of anything, entry (s, t) of hbar, s <= t, is the derivative
+        along s of the slope along t; where bwd isn't linear in the cotangent,
+        they are those of its linear part for small ones. docs/refused.md has
+        more, and what is refused.
       params: theta, a pytree of real floating-point arrays; dtypes may differ.
       direction: u, of the same structure and shapes, not negated: the gradient,
         for plain descent. It is cast to the dtypes of the params.
