@@ -119,14 +119,15 @@ def _with_rule(fn, jvp, itself=None):
 def _linear_in(fn, where):
     """``fn``, which is linear in some operands though perhaps a loop until it converges, so that it has a transpose."""
 
-    def linear(*values):
-        rest = replaced(values, where, [None] * len(where))
-        apply = lambda rest, xs: fn(*replaced(rest, where, xs))
-        transpose = lambda rest, ct: jax.vjp(lambda *xs: apply(rest, xs), *map(jnp.zeros_like, xs))[1](ct)
-        xs = tuple(values[i] for i in where)
-        return linear_call(apply, transpose, rest, xs)
+    def of_one(i, values):
+        # One at a time, as a linear_call is transposed with respect to all that it is linear in or not at all.
+        zeros = [jnp.zeros_like(values[j]) for j in where]
+        rest = replaced(replaced(values, where, zeros), [i], [None])
+        apply = lambda rest, x: fn(*replaced(rest, [i], [x]))
+        transpose = lambda rest, ct: jax.vjp(lambda x: apply(rest, x), jnp.zeros_like(values[i]))[1](ct)[0]
+        return linear_call(apply, transpose, rest, values[i])
 
-    return linear
+    return lambda *values: [sum(parts) for parts in zip(*(of_one(i, values) for i in where), strict=True)]
 
 
 def _opened(closed, num_linear=0):

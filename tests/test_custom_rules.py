@@ -95,9 +95,6 @@ LOOKING = {
         lambda x, y: x * y,
         lambda xs, ts: (xs[0] * xs[1], (1 + sum(map(constant, ts))) * (dense(ts[0]) * xs[1] + xs[0] * dense(ts[1]))),
     ),
-    "curved, in a cond": lambda x, y: lax.cond(
-        x[0] > -9, lambda: LOOKING["another tangent if one moves"](x, y) ** 2, x.sin
-    ),
 }
 LOOKING["curved, in a cond"] = lambda x, y: lax.cond(
     x[0] > -9, lambda x, y: LOOKING["another tangent if one moves"](x, y) ** 2, lambda x, y: x, x, y
@@ -539,7 +536,7 @@ def test_what_the_docs_say_is_refused_is_refused_with_that_error(name):
 
 
 def test_two_players_train_with_a_loss_each():
-    """player^2 / 2 + player adversary - adversary^2 / 2, up to fourth powers: lowered by the one, raised by the other."""
+    """player^2 / 2 + player adversary - adversary^2 / 2, and fourth powers: lowered by the one, raised by the other."""
 
     def loss(p):
         a, b = p["player"], p["adversary"]
