@@ -532,6 +532,18 @@ def test_what_the_docs_say_is_refused_is_refused_with_that_error(name):
         gn.summarize(lambda p: jnp.sum(REFUSED[name](p["a"]) ** 2), params(), params())
 
 
+def test_products_of_eight_bits():
+    narrow = lambda x: x.astype(jnp.float8_e4m3fn)
+
+    def loss(p):
+        h = lax.dot(narrow(jnp.sin(p["w"])), narrow(p["w"].T), preferred_element_type=jnp.float32)
+        return jnp.mean(jnp.tanh(h) ** 2) + jnp.sum(jnp.tanh(narrow(p["v"]).astype(jnp.float32)) ** 2)
+
+    p = {"v": jnp.linspace(-1, 1, 5, dtype=jnp.float32), "w": jnp.linspace(-1, 1, 12, dtype=jnp.float32).reshape(4, 3)}
+    # Tangents have the rounding of eight bits, 1/16, here or there.
+    assert_follows_the_gradient(loss, p, tol=0.1)
+
+
 # Training
 
 
