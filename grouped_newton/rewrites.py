@@ -58,17 +58,18 @@ def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
 
 
 @contextlib.contextmanager
-def naming_rules(closed: Any):
-    """Names the custom_vjps of a loss in errors that come from their derivatives."""
+def naming_rules(trace: Callable[[], Any]):
+    """Adds the names of the custom_vjps in a traced loss to errors, which may come from their derivatives."""
     try:
         yield
     except Exception as error:
-        found = [body(e).debug_info.func_src_info for e in equations(closed) if kind(e) in CUSTOM_VJP]
-        if found:
-            error.add_note(
-                f"The loss has a custom_vjp: {', '.join(dict.fromkeys(map(str, found)))}. Second and third derivatives"
-                " are those of its rule, so its fwd and bwd must be differentiable themselves, in forward mode too."
-            )
+        with contextlib.suppress(Exception):
+            eqns = [e for e in equations(trace()) if kind(e) in CUSTOM_VJP]
+            if found := dict.fromkeys(str(body(e).debug_info.func_src_info) for e in eqns):
+                error.add_note(
+                    f"The loss has a custom_vjp: {', '.join(found)}. Second and third derivatives are those of its rule,"
+                    " so its fwd and bwd must be differentiable themselves, in forward mode too."
+                )
         raise
 
 

@@ -23,7 +23,7 @@ from jax import lax
 
 from grouped_newton import groups as _groups
 from grouped_newton import placement
-from grouped_newton.rewrites import in_forward_mode, replaced
+from grouped_newton.rewrites import in_forward_mode, naming_rules, replaced
 from grouped_newton.sweep import sweep
 
 METHODS = ("sweep", "nested")
@@ -125,11 +125,14 @@ def summarize(
         for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
     ]
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
-    if method == "nested":
-        local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
-    else:
-        num_groups = partition.num_groups
-        local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
+    moving = [i for i, g in enumerate(partition.index) if g >= 0]
+    restricted = lambda values: loss_of_leaves(replaced(theta, moving, values))
+    with naming_rules(lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])):
+        if method == "nested":
+            local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
+        else:
+            num_groups = partition.num_groups
+            local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
     return _over_devices(local, names, axes)
 
 

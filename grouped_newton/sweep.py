@@ -39,7 +39,7 @@ from jax import lax
 
 from grouped_newton import placement
 from grouped_newton.program import Program, build, is_half
-from grouped_newton.rewrites import by_rule, evaluate, naming_rules, read, replaced
+from grouped_newton.rewrites import by_rule, evaluate, read, replaced
 from grouped_newton.stacks import (
     Stack,
     add,
@@ -76,8 +76,7 @@ def sweep(
     restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
     closed = jax.make_jaxpr(restricted)(at)
     followed = by_rule(closed)
-    with naming_rules(closed):
-        value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
+    value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
     if followed is not closed:  # the slopes of the gradient itself, also where a rule is not linear in the cotangent
         gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
         sums = Sums(num_groups, dtype, placement.tracked_axes())
