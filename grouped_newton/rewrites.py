@@ -67,8 +67,8 @@ def naming_rules(trace: Callable[[], Any]):
             eqns = [e for e in equations(trace()) if kind(e) in CUSTOM_VJP]
             if found := dict.fromkeys(str(body(e).debug_info.func_src_info) for e in eqns):
                 error.add_note(
-                    f"The loss has a custom_vjp: {', '.join(found)}. Second and third derivatives are those of its rule,"
-                    " so its fwd and bwd must be differentiable themselves, in forward mode too."
+                    f"The loss has a custom_vjp: {', '.join(found)}. Second and third derivatives are those of its"
+                    " rule, so its fwd and bwd must be differentiable themselves, in forward mode too."
                 )
         raise
 
