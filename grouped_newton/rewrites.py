@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, linear_call, zero_from_primal
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from grouped_newton import placement
 
@@ -54,7 +54,7 @@ def in_forward_mode(fn: Callable[[list], jax.Array], args: list) -> Callable[[li
 
 def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
     """``fn`` as a custom_jvp whose rule is its own jvp, without the custom_vjps that this holds."""
-    return _with_rule(fn, jax.jvp)
+    return _with_rule(fn, jax.jvp, output_is_itself=False)
 
 
 @contextlib.contextmanager
@@ -82,14 +82,13 @@ def _transposed(f, at, along):
     return z, jax.vjp(pull, small)[1](along)[0]
 
 
-def _with_rule(fn, jvp, itself=None):
+def _with_rule(fn, jvp, output_is_itself):
     """``fn``, from arrays to a list of arrays, as a custom_jvp.
 
     ``jvp(f, xs, dxs)`` gives its outputs and tangents, for f of the operands that move to the outputs that can; here it
-    is traced and rewritten. Where its outputs are to have no other derivatives than these, ``itself`` is what computes
-    them there.
+    is traced and rewritten, and its outputs replaced by those of the custom_jvp itself, if so desired.
     """
-    outer = jax.custom_jvp(itself or fn)
+    outer = jax.custom_jvp(fn)
 
     def rule(primals, tangents):
         moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero) and is_float(jax.typeof(t))]
@@ -101,69 +100,50 @@ def _with_rule(fn, jvp, itself=None):
             return jvp(f, tuple(primals[i] for i in moved), along)
 
         along = tuple(tangents[i] for i in moved)
-        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along), len(along))
+        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along), deep=True)
         outs = list(outer(*primals))
         real = [o for o, z in enumerate(outs) if is_float(jax.typeof(z))]
         makes = {v for eqn in closed.jaxpr.eqns for v in eqn.outvars}
         names = zip(closed.jaxpr.outvars, (outs[o] for o in real), strict=False)
-        known = {v: z for v, z in names if not isinstance(v, jex.Literal) and v in makes} if itself else {}
+        known = {v: z for v, z in names if not isinstance(v, jex.Literal) and v in makes} if output_is_itself else {}
         found = _run(closed.jaxpr, closed.consts, [*primals, *along], known)
         dz = [zero_from_primal(z) for z in outs]
         for o, z, dz_o in zip(real, found[: len(real)], found[len(real) :], strict=True):
-            outs[o], dz[o] = outs[o] if itself else z, dz_o
+            outs[o], dz[o] = outs[o] if output_is_itself else z, dz_o
         return outs, dz
 
     outer.defjvp(rule, symbolic_zeros=True)
     return outer
 
 
-def _linear_in(fn, where):
-    """``fn``, which is linear in some operands though perhaps a loop until it converges, so that it has a transpose."""
-
-    def of_one(i, values):
-        # One at a time, as a linear_call is transposed with respect to all that it is linear in or not at all.
-        zeros = [jnp.zeros_like(values[j]) for j in where]
-        rest = replaced(replaced(values, where, zeros), [i], [None])
-        apply = lambda rest, x: fn(*replaced(rest, [i], [x]))
-        transpose = lambda rest, ct: jax.vjp(lambda x: apply(rest, x), jnp.zeros_like(values[i]))[1](ct)[0]
-        return linear_call(apply, transpose, rest, values[i])
-
-    return lambda *values: [sum(parts) for parts in zip(*(of_one(i, values) for i in where), strict=True)]
+def _opened(closed, deep=False):
+    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args, (), deep))(*closed.in_avals)
 
 
-def _opened(closed, num_linear=0):
-    """Without calls and custom_vjps; the last operands are tangents, of which the outputs are linear functions."""
-    linear = closed.jaxpr.invars[len(closed.jaxpr.invars) - num_linear :]
-    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args, (), linear))(*closed.in_avals)
+def _run(jaxpr, consts, args, known=(), deep=False):
+    """The outputs, given the values of some variables; calls are opened, but for remat.
 
-
-def _run(jaxpr, consts, args, known=(), linear=()):
-    """The outputs, given the values of some variables; calls are opened, but for remat."""
+    ``deep`` also follows the custom_vjps in the rules of custom_jvps; ``program.py`` looks for them where it needs to.
+    """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)) | dict(known)
-    linear = set(linear)
     for eqn in live_equations(jaxpr, known):
-        where = [i for i, v in enumerate(eqn.invars) if variable(v) in linear]
-        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars], where)
+        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars], deep)
         env.update((v, z) for v, z in zip(eqn.outvars, outs, strict=True) if v not in known)
-        linear.update(eqn.outvars if where else ())
     return [read(env, v) for v in jaxpr.outvars]
 
 
-def _evaluated(eqn, jaxpr, values, linear):
+def _evaluated(eqn, jaxpr, values, deep):
     name, inner = kind(eqn), body(eqn)
-
-    def inside(*xs):
-        jaxpr = getattr(inner, "jaxpr", inner)
-        return _run(jaxpr, getattr(inner, "consts", ()), xs, (), [jaxpr.invars[i] for i in linear])
-
+    itself = lambda *xs: evaluate(eqn, jaxpr, xs)
+    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs, (), deep)
     if name in CUSTOM_VJP:
-        call = lambda *xs: evaluate(eqn, jaxpr, xs)
-        itself = _linear_in(call, linear) if linear and all(is_float(v.aval) for v in eqn.outvars) else call
-        return _with_rule(call, _transposed, itself)(*values)
+        return _with_rule(itself, _transposed, output_is_itself=True)(*values)
+    if name in CUSTOM_JVP:  # whose function is not differentiated
+        return (followed(itself) if deep else itself)(*values)
     if name in CALLS - REMAT and inner is not None:
         return inside(*values)
-    if name in CUSTOM_JVP or not any(holds(b, CUSTOM_VJP) for b in bodies(eqn)):
-        return evaluate(eqn, jaxpr, values)  # the function of a custom_jvp is not differentiated
+    if not any(holds(b, CUSTOM_VJP | CUSTOM_JVP if deep else CUSTOM_VJP) for b in bodies(eqn)):
+        return itself(*values)
     if name in REMAT:
         params = getattr(eqn.params.get("_prim"), "params", eqn.params)
         prevent_cse = params["prevent_cse"]
@@ -174,7 +154,7 @@ def _evaluated(eqn, jaxpr, values, linear):
         specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
         return jax.shard_map(inside, **specs, axis_names=p["newly_manual_axes"], check_vma=p["check_vma"])(*values)
     held = {k: p for k, p in eqn.params.items() if any(map(_is_jaxpr, jax.tree.leaves(p, is_leaf=_is_jaxpr)))}
-    rewritten = jax.tree.map(lambda x: by_rule(x) if _is_jaxpr(x) else x, held, is_leaf=_is_jaxpr)
+    rewritten = jax.tree.map(lambda x: _opened(x, deep) if _is_jaxpr(x) else x, held, is_leaf=_is_jaxpr)
     return evaluate(eqn.replace(params=eqn.params | rewritten), jaxpr, values)
 
 

@@ -218,7 +218,7 @@ def draw(rng, inputs, length, depth):
             name = rng.choice(list(AROUND))
             around, smooth = AROUND[name]
             inner = draw(rng, 2, rng.integers(1, 3), depth - 1)
-            operation = Operation(f"{name}[{inner}]", 2, around(inner), smooth and inner.smooth)
+            operation = Operation(f"{name}[{inner}]", 2, around(lambda *xs, f=inner: f(*xs)), smooth and inner.smooth)
         else:
             arity = rng.integers(1, 3)
             smooth = rng.random() < 0.9
