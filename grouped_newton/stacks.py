@@ -1,5 +1,6 @@
 """Stacks of tangents: one array per value, a row for every group that has reached it."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax import lax
 from grouped_newton import placement
 
 _SHORT = 1 << 15
+_FEW = 8
 
 
 class Stack(NamedTuple):
@@ -99,14 +101,27 @@ def inner(x, y):
     return jnp.sum(products, axis=tuple(range(1, x.ndim))).real
 
 
-def placed(stack, num_groups, dtype):
-    return spread(Stack(stack.ranks, stack.array.astype(dtype)), tuple(range(num_groups)))
-
-
-def placed_block(rows, columns, block, num_groups):
+def placed(ranks, values, num_groups):
+    """Zeros of shape (S,) or (S, S) with the values at the ranks, a tuple of them for every axis."""
     everything = tuple(range(num_groups))
-    block = spread(Stack(rows, block), everything)
-    return spread(Stack(columns, block.T), everything).T
+    starts = [_contiguous(r, everything) for r in ranks]
+    if None in starts:
+        zero = placement.vary(
+            jnp.zeros((num_groups,) * len(ranks), values.dtype), placement.varying_axes(jax.typeof(values))
+        )
+        return zero.at[jnp.ix_(*map(jnp.array, ranks))].set(values)
+    if all(len(r) == num_groups for r in ranks):
+        return values
+    pad = [(start, num_groups - start - len(r), 0) for start, r in zip(starts, ranks, strict=True)]
+    return lax.pad(values, jnp.zeros((), values.dtype), pad)
+
+
+def sum_few(arrays):
+    """Their sum, a few at a time: XLA compiles equal sums of a few once, and a sum of hundreds for long."""
+    while len(arrays) > 1:
+        parts = [functools.reduce(jnp.add, arrays[k : k + _FEW]) for k in range(0, len(arrays), _FEW)]
+        arrays = lax.optimization_barrier(parts)
+    return arrays[0]
 
 
 def wide(dtype):

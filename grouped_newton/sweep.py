@@ -46,12 +46,14 @@ from grouped_newton.stacks import (
     inner,
     map_rows,
     placed,
-    placed_block,
     push_rows,
     select,
     spread_or_zero,
+    sum_few,
     wide,
 )
+
+_HELD = 1 << 16  # numbers of terms that wait to be added up
 
 
 def sweep(
@@ -224,41 +226,66 @@ def tangent(program, env, lam, first, second, sums, order):
 
 
 class Sums:
-    """Accumulates local terms of gbar, hbar and third, in order of rank; over ``axes`` they are to be added up."""
+    """Local terms of gbar, hbar and third, in order of rank; over ``axes`` they are to be added up.
+
+    A term keeps the ranks that it has. Spread over all groups one by one, every term of another place would be another
+    kernel to compile.
+    """
 
     def __init__(self, num_groups, dtype, axes=()):
         self.num_groups, self.dtype, self.axes = num_groups, dtype, axes
-        self.gbar, self.hbar, self.third = [], [], []
+        self.terms = []  # name of the sum, ranks along its axes
+        self.values = []
+        self.computed = 0  # of them, behind a barrier
 
     def add_gbar(self, stack):
-        self.gbar.append(self._part(placed(stack, self.num_groups, self.dtype)))
+        self._add("gbar", (stack.ranks,), stack.array)
 
     def add_hbar(self, rows, columns, block):
-        self.hbar.append(self._part(placed_block(rows, columns, block.astype(self.dtype), self.num_groups)))
+        self._add("hbar", (rows, columns), block)
 
     def add_third(self, ranks, values):
-        self.third.append(self._part(placed(Stack(ranks, values), self.num_groups, self.dtype)))
+        self._add("third", (ranks,), values)
 
-    def _part(self, term):
-        return placement.in_parts(term, self.axes)
+    def add_totals(self, hbar, third):
+        everything = tuple(range(self.num_groups))
+        self._add("hbar", (everything, everything), hbar)
+        self._add("third", (everything,), third)
+
+    def _add(self, name, ranks, values):
+        self.terms.append((name, ranks))
+        self.values.append(placement.in_parts(values.astype(self.dtype), self.axes))
 
     def settled(self, x1, x2):
-        """The stacks of tangents that a node is about to read, not to be read before all terms so far are added up.
+        """The stacks of tangents that a node is about to read, not to be read before all terms so far are computed.
 
         A node reads its stacks several times. Left alone, XLA computes sums and slices anew for every reader, and puts
         the terms off and keeps every stack that they read: five times the memory, and slower.
         """
-        _, hbar, third = self.totals()
+        if sum(v.size for v in self.values) > max(_HELD, 4 * self.num_groups**2):
+            gbar, hbar, third = self.totals()
+            everything = tuple(range(self.num_groups))
+            self.terms, self.values, self.computed = [], [], 0
+            self.add_gbar(Stack(everything, gbar))
+            self.add_totals(hbar, third)
         arrays = [None if x is None else x.array for x in (*x1, *x2)]
-        arrays, hbar, third = lax.optimization_barrier((arrays, hbar, third))
-        self.hbar, self.third = [hbar], [third]
+        arrays, self.values[self.computed :] = lax.optimization_barrier((arrays, self.values[self.computed :]))
+        self.computed = len(self.values)
         stacks = [None if x is None else Stack(x.ranks, a) for x, a in zip((*x1, *x2), arrays, strict=True)]
         return stacks[: len(x1)], stacks[len(x1) :]
 
     def totals(self):
-        zero = placement.vary(jnp.zeros((self.num_groups,), self.dtype), self.axes)
-        square = placement.vary(jnp.zeros((self.num_groups, self.num_groups), self.dtype), self.axes)
-        return sum(self.gbar, zero), sum(self.hbar, square), sum(self.third, zero)
+        """gbar, hbar and third of all groups."""
+        S = self.num_groups
+        return [self._total(name, shape) for name, shape in (("gbar", (S,)), ("hbar", (S, S)), ("third", (S,)))]
+
+    def _total(self, name, shape):
+        alike = {}
+        for (term, ranks), values in zip(self.terms, self.values, strict=True):
+            if term == name:
+                alike.setdefault(ranks, []).append(values)
+        zero = placement.vary(jnp.zeros(shape, self.dtype), self.axes)
+        return sum_few([zero, *(placed(ranks, sum_few(values), self.num_groups) for ranks, values in alike.items())])
 
 
 # --- Rules: (first, second) tangents of the outputs of a node from those of its operands ----------------------------
@@ -509,8 +536,7 @@ def _scan_tangent(node, env, lam, x1, x2, sums, order):
         scan.length,
         scan.reverse,
     )
-    sums.hbar.append(hbar)
-    sums.third.append(third)
+    sums.add_totals(hbar, third)
 
     def out(carry, ys, o):
         if o < scan.num_carry:
