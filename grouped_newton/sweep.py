@@ -43,6 +43,7 @@ from grouped_newton.stacks import (
     Stack,
     add,
     gram,
+    in_room,
     inner,
     map_rows,
     placed,
@@ -51,6 +52,8 @@ from grouped_newton.stacks import (
     spread_or_zero,
     sum_few,
     wide,
+    with_room,
+    within,
 )
 
 _HELD = 1 << 16  # numbers of terms that wait to be added up
@@ -211,17 +214,26 @@ def tangent(program, env, lam, first, second, sums, order):
     """First and second tangents of every active variable; adds the local terms to ``sums``."""
     first, second = dict(first), dict(second)
     rules = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}
+    reached = {v: x.ranks for v, x in first.items()}
     for node in program.nodes:
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
         if all(x is None for x in x1):
             continue
+        ranks = tuple(sorted({s for v in node.active for s in reached.get(v, ())}))
+        roomy = lambda v, ranks=ranks: with_room(ranks, v.aval.size, sums.num_groups)
+        smallest = min(map(roomy, node.outs), key=len)
+        x1, x2 = ([within(x, smallest) for x in stacks] for stacks in (x1, x2))
         if node.kind != "linear":
             x1, x2 = sums.settled(x1, x2)
             first.update((v, x) for v, x in zip(node.active, x1, strict=True) if x is not None)
             second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
         outs1, outs2 = rules[node.kind](node, env, lam, x1, x2, sums, order)
-        first.update((v, z) for v, z in zip(node.outs, outs1, strict=True) if z is not None)
-        second.update((v, z) for v, z in zip(node.outs, outs2, strict=True) if z is not None)
+        for v, z1, z2 in zip(node.outs, outs1, outs2, strict=True):
+            reached[v] = ranks
+            if z1 is not None:
+                first[v] = in_room(z1, roomy(v))
+            if z2 is not None:
+                second[v] = in_room(z2, roomy(v))
     return first, second
 
 
@@ -509,7 +521,7 @@ def _scan_tangent(node, env, lam, x1, x2, sums, order):
     start = lambda stacks: {i: spread_or_zero(stacks.get(i), ranks[invars[i]], invars[i]) for i in carried}
     scanned = lambda stacks: {i: jnp.moveaxis(x.array, 1, 0) for i, x in stacks.items() if scan.is_scanned(i)}
     constant = lambda stacks: {invars[i]: x for i, x in stacks.items() if i < scan.num_consts}
-    end = lambda stacks, o, rank: spread_or_zero(stacks.get(outvars[o]), rank, outvars[o])
+    end = lambda stacks, o, rank: spread_or_zero(within(stacks.get(outvars[o]), rank), rank, outvars[o])
 
     def inputs(stacks, carry, x):
         found = constant(stacks) | {invars[i]: Stack(ranks[invars[i]], array) for i, array in carry.items()}
