@@ -22,16 +22,35 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
-REMAT = {"remat", "remat2", "checkpoint"}
-# A custom_vjp hides a function that can be differentiated as it stands; forward mode would refuse the rule.
-CUSTOM_VJP = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
-CALLS = {"jit", "pjit", "closed_call", *REMAT, *CUSTOM_VJP}
+from grouped_newton.rewrites import (
+    CALLS,
+    CUSTOM_JVP,
+    CUSTOM_VJP,
+    REMAT,
+    bodies,
+    body,
+    evaluate,
+    followed,
+    function_of,
+    holds,
+    is_float,
+    kind,
+    live_equations,
+    read,
+    replaced,
+    uses_refs,
+    variable,
+)
+
 ELEMENTWISE = set(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp"  # noqa: SIM905
     " convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow"
     " is_finite le lgamma log log1p logistic lt max min mul ne neg not or pow reduce_precision rem round rsqrt select_n"
     " sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
+)
+_REFS = (
+    "refs (jax.new_ref, jax.array_ref) can't be swept: the loss writes values that depend on params to one. Carry them"
+    ' as values, as lax.scan does, or use method="nested"'
 )
 # They would be found out too, but late: a value read only by them would get tangents, and chains would end there.
 CONSTANT = {"stop_gradient", "sign", "floor", "ceil", "round"}
@@ -46,6 +65,7 @@ class Node(NamedTuple):
     inactive: tuple
     outs: tuple
     scan: Any = None
+    joint: bool = False  # its operands are to be perturbed together
 
 
 class Program(NamedTuple):
@@ -116,7 +136,7 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
     """Opens the calls of a closed jaxpr and sorts its equations into nodes."""
     closed = _open_calls(closed, active)
     jaxpr = closed.jaxpr
-    eqns = _live_equations(jaxpr)
+    eqns = live_equations(jaxpr)
     nodes: list[Node] = []
     scans: dict[int, Node] = {}
     root = {v: v for v, a in zip(jaxpr.invars, active, strict=True) if a}  # of every active value
@@ -140,7 +160,7 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
         outs = [v for v in eqn.outvars if v in carriers]
         if not outs:
             continue
-        elementwise = _is_elementwise(eqn, operands)
+        elementwise = _is_elementwise(eqn, jaxpr, operands)
         if not elementwise or len({root[v] for v in operands}) > 1:
             operands = [v for v in operands if materialise(v)]
         if not operands:
@@ -177,75 +197,26 @@ def _open_calls(closed, active=None):
         reached = {v for v, is_active in zip(jaxpr.invars, active, strict=True) if is_active}
         for eqn in jaxpr.eqns:
             values = [read(env, v) for v in eqn.invars]
-            flags = [_variable(v) in reached for v in eqn.invars]
-            body = next((p for p in eqn.params.values() if isinstance(p, JAXPRS)), None)
-            if eqn.primitive.name in CALLS and body is not None:
-                closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+            flags = [variable(v) in reached for v in eqn.invars]
+            if kind(eqn) in CALLS and (inner := body(eqn)) is not None:
+                closed = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
                 outs, out_flags = opened(closed.jaxpr, closed.consts, values, flags)
             else:
-                out_flags = [any(flags)] * len(eqn.outvars)
+                moves = any(flags) and eqn.primitive.name not in CONSTANT
+                if moves and uses_refs(eqn):
+                    raise NotImplementedError(_REFS)
+                out_flags = [moves] * len(eqn.outvars)
                 # 1 / y leaves the range of half precision where x / y doesn't.
                 if eqn.primitive.name == "div" and flags[1] and not is_half(eqn.outvars[0].aval):
                     outs = [values[0] * lax.integer_pow(values[1], -1)]
                 else:
-                    outs = evaluate(_with_open_branches(eqn), jaxpr, values)
+                    outs = evaluate(eqn, jaxpr, values)
             env.update(zip(eqn.outvars, outs, strict=True))
             reached.update(v for v, is_active in zip(eqn.outvars, out_flags, strict=True) if is_active)
-        return [read(env, v) for v in jaxpr.outvars], [_variable(v) in reached for v in jaxpr.outvars]
+        return [read(env, v) for v in jaxpr.outvars], [variable(v) in reached for v in jaxpr.outvars]
 
     active = [False] * len(closed.in_avals) if active is None else active
     return jax.make_jaxpr(lambda *args: opened(closed.jaxpr, closed.consts, args, active)[0])(*closed.in_avals)
-
-
-def _with_open_branches(eqn):
-    """A cond whose branches hold no custom_vjp, which forward mode refuses there too."""
-    branches = eqn.params.get("branches")
-    if eqn.primitive.name != "cond" or not any(holds(b.jaxpr, CUSTOM_VJP) for b in branches):
-        return eqn
-    return eqn.replace(params={**eqn.params, "branches": tuple(map(_open_calls, branches))})
-
-
-def holds(jaxpr, names):
-    bodies = [getattr(b, "jaxpr", b) for e in jaxpr.eqns for b in jax.tree.leaves(e.params, is_leaf=_is_jaxpr)]
-    bodies = [b for b in bodies if isinstance(b, jex.Jaxpr)]
-    return any(e.primitive.name in names for e in jaxpr.eqns) or any(holds(b, names) for b in bodies)
-
-
-def _is_jaxpr(x):
-    return isinstance(x, JAXPRS)
-
-
-def evaluate(eqn, jaxpr, values):
-    """The outputs of one equation, by a jaxpr that has no other."""
-    names = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
-    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
-    return _function(jaxpr, [eqn], names, eqn.outvars)(*(given[v] for v in names))
-
-
-def _function(jaxpr, eqns, invars, outvars):
-    part = jaxpr.replace(
-        constvars=[],
-        invars=list(invars),
-        outvars=list(outvars),
-        eqns=list(eqns),
-        debug_info=_debug_info(jaxpr, invars, outvars),
-    )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))
-
-
-def _debug_info(jaxpr, invars, outvars):
-    info = jaxpr.debug_info
-    return info._replace(arg_names=("",) * len(invars), result_paths=("",) * len(outvars))
-
-
-def _live_equations(jaxpr):
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(v in needed for v in eqn.outvars):
-            kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    return kept[::-1]
 
 
 def _tangent_carriers(eqns, outvars):
@@ -253,8 +224,8 @@ def _tangent_carriers(eqns, outvars):
     carriers = {v for v in outvars if not isinstance(v, jex.Literal)}
     for eqn in reversed(eqns):
         if eqn.primitive.name not in CONSTANT and any(v in carriers for v in eqn.outvars):
-            carriers.update(v for v in eqn.invars if not isinstance(v, jex.Literal) and _is_float(v.aval))
-    return {v for v in carriers if _is_float(v.aval)}
+            carriers.update(v for v in eqn.invars if not isinstance(v, jex.Literal) and is_float(v.aval))
+    return {v for v in carriers if is_float(v.aval)}
 
 
 def _live_nodes(nodes, outvars):
@@ -272,73 +243,116 @@ def _node(jaxpr, eqns, active, outs, elementwise=False):
     inside = {v for eqn in eqns for v in eqn.outvars}
     operands = dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal))
     inactive = [v for v in operands if v not in inside and v not in active]
-    evaluate = _function(jaxpr, eqns, [*active, *inactive], outs)
+    evaluate = function_of(jaxpr, eqns, [*active, *inactive], outs)
     if eqns[0].primitive.name == "reduce_window_max":
         evaluate = _max_over_windows(**eqns[0].params) or evaluate
-    reach = _dependence(evaluate, active, inactive, len(outs))
-    kept = [o for o in range(len(outs)) if any(reach[i][o][0] for i in range(len(active)))]
+    joint = len(active) > 1 and any(map(_may_look, eqns))
+    traced = _traced_tangents(evaluate, active, inactive, joint)
+    if any(holds(jaxpr, CUSTOM_VJP) for jaxpr in traced):  # in the rule of a custom_jvp
+        evaluate = followed(evaluate)
+        traced = _traced_tangents(evaluate, active, inactive, joint)
+    n = len(active)
+    reach = [_dependence(traced[0], n, i, n) if joint else _dependence(traced[i], n, 0, 1) for i in range(n)]
+    kept = [o for o in range(len(outs)) if any(reach[i][o][0] for i in range(n))]
     if not kept:
         return None
-    curved = {(i, j) for i in range(len(active)) for o in kept for j in reach[i][o][1]}
+    curved = {(i, j) for i in range(n) for o in kept for j in reach[i][o][1]}
 
     def fn(active_values, inactive_values):
         values = evaluate(*active_values, *inactive_values)
         return [values[o] for o in kept]
 
     if not curved:
-        kind = "linear"
+        how = "linear"
     elif elementwise:
-        kind = "unary"
-    elif len(kept) == 1 and len(active) == 2 and all(i != j for i, j in curved):
-        kind = "bilinear"
+        how = "unary"
+    elif len(kept) == 1 and n == 2 and not joint and all(i != j for i, j in curved):
+        how = "bilinear"
     else:
-        kind = "general"
-    return Node(kind, fn, tuple(active), tuple(inactive), tuple(outs[o] for o in kept))
+        how = "general"
+    return Node(how, fn, tuple(active), tuple(inactive), tuple(outs[o] for o in kept), joint=joint)
 
 
-def _dependence(fn, active, inactive, num_outs):
-    """For operand i and output o: whether the tangent of o moves with operand i, and on which operands it depends.
+def _may_look(eqn):
+    """Whether the rule of an equation may see which operands are constant; those of JAX's own primitives don't care.
+
+    A custom rule for symbolic zeros is another function of a tangent that is absent than of one that is zero, and
+    that of ``custom_linear_solve`` fails where only what its solver starts from moves.
+    """
+    name, inner = kind(eqn), bodies(eqn)
+    own = name in ELEMENTWISE or any(getattr(m, f"{name}_p", None) is eqn.primitive for m in (lax, lax.linalg))
+    if name in CUSTOM_JVP or name == "custom_linear_solve" or not (own or inner):
+        return eqn.params.get("symbolic_zeros", True)
+    return any(_may_look(e) for b in inner for e in b.eqns)
+
+
+def _traced_tangents(fn, active, inactive, joint):
+    """Jaxprs from all operands, tangents and the rest to the jvp: one for all operands, or one for each."""
+    primals, others = [v.aval for v in active], [v.aval for v in inactive]
+
+    def traced(moved):
+        return _open_calls(jax.make_jaxpr(_tangents(fn, moved))(primals, [primals[i] for i in moved], others)).jaxpr
+
+    return [traced(range(len(active)))] if joint else [traced([i]) for i in range(len(active))]
+
+
+def _tangents(fn, moved):
+    """The jvp of ``fn(*xs, *rest)`` with respect to the operands numbered ``moved`` alone."""
+
+    def tangents(xs, dxs, rest):
+        of_moved = lambda *values: fn(*replaced(xs, moved, values), *rest)
+        return jax.jvp(of_moved, tuple(xs[i] for i in moved), tuple(dxs))[1]
+
+    return tangents
+
+
+def _dependence(jaxpr, num_active, own, num_tangents):
+    """For every output of a traced jvp: whether it moves with the tangent numbered ``own``, the others being zero, and
+    on which operands it then depends.
 
     Dependence through integers and booleans has no derivative and doesn't count: relu and max-pooling are linear.
     """
-    primals, others = [v.aval for v in active], [v.aval for v in inactive]
-    result = []
-    for i, v in enumerate(active):
-        jaxpr = _open_calls(jax.make_jaxpr(_tangents(fn, i))(primals, v.aval, others)).jaxpr
-        sources = dict(zip(jaxpr.invars, range(len(active) + 1), strict=False))
-        depends: dict[Any, frozenset] = {}
-        for v_in, source in sources.items():
-            depends[v_in] = frozenset([source])
-        for eqn in jaxpr.eqns:
-            union = frozenset().union(*(depends.get(x, ()) for x in eqn.invars if not isinstance(x, jex.Literal)))
-            for out in eqn.outvars:
-                if _is_float(out.aval):
-                    depends[out] = union
-        row = []
-        for out in jaxpr.outvars[:num_outs]:
-            found = frozenset() if isinstance(out, jex.Literal) else depends.get(out, frozenset())
-            moved = len(active) in found
-            row.append((moved, found - {len(active)} if moved else frozenset()))
-        result.append(row)
-    return result
+    operands, tangents = jaxpr.invars[:num_active], jaxpr.invars[num_active : num_active + num_tangents]
+    depends = {v: frozenset([i]) for i, v in enumerate(operands)}
+    moves = {v: frozenset([i]) for i, v in enumerate(tangents)}  # with which tangents; it is zero if not with ``own``
+    for eqn in jaxpr.eqns:
+        moved, on = (frozenset().union(*(d.get(variable(x), ()) for x in eqn.invars)) for d in (moves, depends))
+        for v in eqn.outvars:
+            if is_float(v.aval):
+                moves[v] = moved
+                depends[v] = on if own in moved or not moved else frozenset()
+    found = [(own in moves.get(variable(v), ()), depends.get(variable(v), frozenset())) for v in jaxpr.outvars]
+    return [(moved, on if moved else frozenset()) for moved, on in found]
 
 
-def _tangents(fn, i):
-    """The jvp of ``fn(*xs, *rest)`` with respect to operand i alone."""
-    return lambda xs, dx, rest: jax.jvp(lambda x: fn(*xs[:i], x, *xs[i + 1 :], *rest), (xs[i],), (dx,))[1]
-
-
-def _is_elementwise(eqn, operands):
-    def elementwise(eqn):
-        bodies = [p for p in eqn.params.values() if isinstance(p, JAXPRS)]
-        if eqn.primitive.name in CALLS or eqn.primitive.name == "custom_jvp_call":
-            return all(elementwise(e) for b in bodies for e in getattr(b, "jaxpr", b).eqns)
-        constant = eqn.primitive.name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ()
-        return constant or eqn.primitive.name in ELEMENTWISE
-
+def _is_elementwise(eqn, jaxpr, operands):
     out = eqn.outvars[0].aval
     fits = all(v.aval.shape == out.shape and _is_real(v.aval) for v in operands)
-    return len(eqn.outvars) == 1 and fits and _is_real(out) and elementwise(eqn)
+    return len(eqn.outvars) == 1 and fits and _is_real(out) and _keeps_places(eqn, jaxpr)
+
+
+def _keeps_places(eqn, jaxpr, order=3):
+    """Whether every number of the output is a function of those in its place alone, and its derivatives too."""
+    name = kind(eqn)
+    if name in CALLS or name in CUSTOM_JVP:
+        in_body = all(_keeps_places(e, b, order if name in CALLS else 0) for b in bodies(eqn) for e in b.eqns)
+        return in_body and (name in CALLS or order == 0 or _rule_keeps_places(eqn, jaxpr, order))
+    return name in ELEMENTWISE or (name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ())
+
+
+def _rule_keeps_places(eqn, jaxpr, order):
+    """The same for the rule of a custom_jvp, from which its derivatives come; it may call the function itself."""
+    moved = [i for i, v in enumerate(eqn.invars) if not isinstance(v, jex.Literal) and is_float(v.aval)]
+
+    def rule(values, along):
+        fn = lambda *xs: evaluate(eqn, jaxpr, replaced(values, moved, xs))
+        return jax.jvp(fn, tuple(values[i] for i in moved), tuple(along))
+
+    avals = [v.aval for v in eqn.invars]
+    traced = _open_calls(jax.make_jaxpr(rule)(avals, [avals[i] for i in moved])).jaxpr
+    tangent = live_equations(traced.replace(outvars=traced.outvars[len(eqn.outvars) :]))
+    others = [e for e in live_equations(traced) if e not in tangent and kind(e) not in CUSTOM_JVP]
+    return all(_keeps_places(e, traced, order - 1) for e in (*tangent, *others))
 
 
 def _max_over_windows(window_dimensions, window_strides, padding, base_dilation, window_dilation):
@@ -391,28 +405,15 @@ def _scan_node(eqn, active):
     return Node(
         "scan",
         None,
-        tuple(_variable(eqn.invars[i]) for i in operands),
+        tuple(variable(eqn.invars[i]) for i in operands),
         (),
         tuple(eqn.outvars[o] for o in results),
         scan,
     )
 
 
-def _variable(v):
-    """None for a literal, which no table of variables holds."""
-    return None if isinstance(v, jex.Literal) else v
-
-
-def read(env, v):
-    return v.val if isinstance(v, jex.Literal) else env[v]
-
-
-def _is_float(aval):
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
 def is_half(aval):
-    return _is_float(aval) and jnp.finfo(aval.dtype).bits < 32
+    return is_float(aval) and jnp.finfo(aval.dtype).bits < 32
 
 
 def _is_real(aval):

@@ -23,8 +23,14 @@ class Stack(NamedTuple):
     array: jax.Array
 
 
-def map_rows(fn, array):
-    return jax.tree.map(lambda z: z[None], fn(array[0])) if len(array) == 1 else jax.vmap(fn)(array)
+def map_rows(fn, *stacks):
+    """``fn`` of every row, at once; one by one where JAX can't batch one of its equations."""
+    if all(len(x) == 1 for x in jax.tree.leaves(stacks)):
+        return jax.tree.map(lambda z: z[None], fn(*jax.tree.map(lambda x: x[0], stacks)))
+    try:
+        return jax.vmap(fn)(*stacks)
+    except NotImplementedError:
+        return lax.map(lambda rows: fn(*rows), stacks)
 
 
 def push_rows(fn, stack, outs):
@@ -120,7 +126,7 @@ def _place(rank, ranks, array):
 
 def gram(x, y):
     """<x_s, y_t> for all s and t, accumulated in at least float32."""
-    dtype = wide(jnp.promote_types(x.dtype, y.dtype))
+    dtype = jnp.promote_types(wide(x.dtype), wide(y.dtype))
     x, y = x.astype(dtype), y.astype(dtype)
     if placement.on_a_mesh(x, y):  # flat, an array that is divided along its inner axes would be gathered
         y, whole = placement.laid_out(y, jax.typeof(x)), placement.whole(x)
@@ -133,7 +139,7 @@ def gram(x, y):
 
 def inner(x, y):
     """<x_s, y_s> for all s, accumulated in at least float32."""
-    dtype = wide(jnp.promote_types(x.dtype, y.dtype))
+    dtype = jnp.promote_types(wide(x.dtype), wide(y.dtype))
     products = x.astype(dtype) * y.astype(dtype)
     if products.size <= _SHORT and not placement.on_a_mesh(x, y):
         # On the CPU XLA pays for each reduction at every call, see cubic.folded. One row by one column would be one.
@@ -166,4 +172,5 @@ def sum_few(arrays):
 
 
 def wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+    """The dtype in which to add up; JAX promotes those of eight bits to no other."""
+    return jnp.promote_types(jnp.float32, dtype if dtype.itemsize > 1 else jnp.float32)

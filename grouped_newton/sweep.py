@@ -38,7 +38,8 @@ import numpy as np
 from jax import lax
 
 from grouped_newton import placement
-from grouped_newton.program import CUSTOM_VJP, Program, build, evaluate, holds, is_half, read
+from grouped_newton.program import Program, build, is_half
+from grouped_newton.rewrites import by_rule, evaluate, naming_rules, read, replaced
 from grouped_newton.stacks import (
     Stack,
     add,
@@ -79,15 +80,16 @@ def sweep(
     at, u, index = ([x[i] for i in moving] for x in (theta, u, index))
     restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
     closed = jax.make_jaxpr(restricted)(at)
-    try:
-        return _sweep(closed, at, u, index, num_groups, dtype, order, max_stack)
-    except Exception as error:
-        if holds(closed.jaxpr, CUSTOM_VJP):
-            error.add_note(
-                "The loss has a custom_vjp: its rule gives no higher derivatives, so the summary differentiates the"
-                " function that it wraps, which must have derivatives itself."
-            )
-        raise
+    followed = by_rule(closed)
+    with naming_rules(closed):
+        value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
+    if followed is not closed:  # the slopes of the gradient itself, also where a rule is not linear in the cotangent
+        gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
+        sums = Sums(num_groups, dtype, placement.tracked_axes())
+        for g, dx, x in zip(index, gradient, u, strict=True):
+            sums.add_gbar(Stack((g,), inner(dx[None], x[None])))
+        gbar, _, _ = sums.totals()
+    return value, gbar, hbar, third
 
 
 def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
@@ -130,9 +132,10 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
             jnp.where(here, third, found[2]) if new else found[2],
         )
     gbar, hbar, third = found
-    hbar = (hbar + hbar.T) / 2  # symmetric but for rounding
     in_order = jnp.array(rank, jnp.int32)
-    return value.astype(dtype), gbar[in_order], hbar[in_order][:, in_order], third[in_order]
+    hbar = hbar[in_order][:, in_order]
+    hbar = jnp.tril(hbar) + jnp.tril(hbar, -1).T  # as the definition where a custom rule is no gradient of anything
+    return value.astype(dtype), gbar[in_order], hbar, third[in_order]
 
 
 def _passes(num_groups, max_stack):
@@ -202,9 +205,11 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
             pulled = [_unary_derivatives(node, env, 1)[0] * lam[node.outs[0]]]
         else:
             at = [env[v] for v in node.active]
-            fn = _restricted(node, env, targets)
-            _, pull = jax.vjp(lambda *xs, fn=fn: fn(xs), *(at[i] for i in targets))
+            moved = range(len(at)) if node.joint else targets
+            fn = _restricted(node, env, moved)
+            _, pull = jax.vjp(lambda *xs, fn=fn: fn(xs), *(at[i] for i in moved))
             pulled = pull([lam[v].astype(v.aval.dtype) for v in node.outs])
+            pulled = [pulled[moved.index(i)] for i in targets]
         for i, value in zip(targets, pulled, strict=True):
             accumulate(node.active[i], value)
     return lam
@@ -304,12 +309,26 @@ class Sums:
 
 
 def _linear(node, env, lam, x1, x2, sums, order):
+    if node.joint:
+        return _jointly(node, env, x1), _jointly(node, env, x2)
     outs1 = outs2 = [None] * len(node.outs)
     for i in range(len(node.active)):
         push = _push(node, env, i)
         outs1 = [add(z, dz) for z, dz in zip(outs1, push_rows(push, x1[i], node.outs), strict=True)]
         outs2 = [add(z, dz) for z, dz in zip(outs2, push_rows(push, x2[i], node.outs), strict=True)]
     return outs1, outs2
+
+
+def _jointly(node, env, stacks):
+    """The first tangents of the outputs by the jvp with respect to all operands."""
+    ranks = tuple(sorted({s for x in stacks if x is not None for s in x.ranks}))
+    if not ranks:
+        return [None] * len(node.outs)
+    at = tuple(env[v] for v in node.active)
+    fn = _restricted(node, env, range(len(at)))
+    X = [spread_or_zero(x, ranks, v) for x, v in zip(stacks, node.active, strict=True)]
+    rows = map_rows(lambda *dx: jax.jvp(lambda *xs: fn(xs), at, dx)[1], *X)
+    return [Stack(ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
 
 
 def _unary(node, env, lam, x1, x2, sums, order):
@@ -363,14 +382,14 @@ def _bilinear(node, env, lam, x1, x2, sums, order):
     shared = tuple(s for s in x1[a].ranks if s in x1[b].ranks)
     if order == 2 or not shared:
         return [z1], [z2]
-    product = jax.vmap(cross)(select(x1[a], shared), select(x1[b], shared))
+    product = map_rows(cross, select(x1[a], shared), select(x1[b], shared))
     z2 = add(z2, Stack(shared, 2 * product))
     both = lambda p, q: tuple(s for s in p if s in q)
     if x2[a] is not None and (ranks := both(x2[a].ranks, x1[b].ranks)):
         sums.add_third(ranks, 3 * inner(select(x2[a], ranks), select(pulled, ranks)))
     if x2[b] is not None and (ranks := both(x2[b].ranks, x1[a].ranks)):
-        push = jax.vmap(lambda dx, dy: inner(cotangent[None], cross(dx, dy)[None])[0])
-        sums.add_third(ranks, 3 * push(select(x1[a], ranks), select(x2[b], ranks)))
+        push = lambda dx, dy: inner(cotangent[None], cross(dx, dy)[None])[0]
+        sums.add_third(ranks, 3 * map_rows(push, select(x1[a], ranks), select(x2[b], ranks)))
     return [z1], [z2]
 
 
@@ -382,11 +401,11 @@ def _general(node, env, lam, x1, x2, sums, order):
     cotangents = [lam[v].astype(v.aval.dtype) for v in node.outs]
     X1 = tuple(spread_or_zero(x, ranks, v) for x, v in zip(x1, node.active, strict=True))
     gradient = lambda *xs: jax.vjp(lambda *xs: fn(xs), *xs)[1](cotangents)
-    turned = jax.vmap(lambda *dx: jax.jvp(gradient, at, dx)[1])(*X1)
+    turned = map_rows(lambda *dx: jax.jvp(gradient, at, dx)[1], *X1)
     sums.add_hbar(ranks, ranks, sum(gram(p, q) for p, q in zip(X1, turned, strict=True)))
     d1 = lambda x, dx: jax.jvp(lambda *xs: fn(xs), x, dx)[1]
     if order == 2:
-        z1 = jax.vmap(lambda *dx: d1(at, dx))(*X1)
+        z1 = map_rows(lambda *dx: d1(at, dx), *X1)
         return [Stack(ranks, z) for z in z1], [None] * len(node.outs)
     X2 = tuple(spread_or_zero(x, ranks, v) for x, v in zip(x2, node.active, strict=True))
     d2 = lambda x, dx, ddx: jax.jvp(d1, (x, dx), (dx, ddx))
@@ -396,7 +415,7 @@ def _general(node, env, lam, x1, x2, sums, order):
         (z1, z2), (_, z3) = jax.jvp(d2, (at, dx, ddx), (dx, ddx, zero))
         return z1, z2, sum(inner(c[None], z[None])[0] for c, z in zip(cotangents, z3, strict=True))
 
-    z1, z2, third = jax.vmap(derivatives)(X1, X2)
+    z1, z2, third = map_rows(derivatives, X1, X2)
     sums.add_third(ranks, third)
     return [Stack(ranks, z) for z in z1], [Stack(ranks, z) for z in z2]
 
@@ -406,13 +425,7 @@ def _restricted(node, env, targets):
     at = [env[v] for v in node.active]
     inactive = [env[v] for v in node.inactive]
 
-    def fn(values):
-        moved = list(at)
-        for i, x in zip(targets, values, strict=True):
-            moved[i] = x
-        return node.fn(moved, inactive)
-
-    return fn
+    return lambda values: node.fn(replaced(at, targets, values), inactive)
 
 
 def _push(node, env, i):

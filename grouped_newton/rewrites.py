@@ -1,0 +1,237 @@
+"""Jaxprs, read and evaluated by the equation; and custom rules for reverse mode in a form that forward mode follows.
+
+A ``custom_vjp`` has a function z = f(x) and a rule, which is what the user trains with: (z, r) = fwd(x), and the
+cotangent of x is bwd(r, ct), linear in ct. Its derivatives here are those of the rule. The jvp that a rule implies is
+
+  dz = bwd(r, .)^T dx,     the vjp of the vjp,
+
+and higher derivatives are those of dz, in dx and through r in x. Where the rule reads the output z, as many do, it
+reads f(x) and not what fwd computed: so z has derivatives by the rule there too, even if fwd found it by rounding, or
+by a solver behind ``stop_gradient``. A custom_vjp becomes a custom_jvp with that jvp, which is traced when it is asked
+for, as fwd may call f. JAX's own forward mode refuses a custom_vjp.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+
+from grouped_newton import placement
+
+JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
+REMAT = {"remat", "remat2", "checkpoint"}
+CUSTOM_JVP, CUSTOM_VJP = {"custom_jvp_call"}, {"custom_vjp_call", "custom_vjp_call_jaxpr"}
+CALLS = {"jit", "pjit", "closed_call", *REMAT}
+# How JAX spells these where they are classes instead of primitives, as with the flags jax_custom_vjp3 and jax_remat3.
+_SPELLINGS = {"RematTraced": "remat", "CustomJVPTraced": "custom_jvp_call", "CustomVJPTraced": "custom_vjp_call"}
+
+
+# --- Custom rules -----------------------------------------------------------------------------------------------------
+
+
+def by_rule(closed: Any) -> Any:
+    """The function of a closed jaxpr with a custom_jvp for every custom_vjp that forward mode would meet."""
+    if not holds(closed, CUSTOM_VJP):
+        return closed
+    return _opened(closed)
+
+
+def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
+    """``fn`` as a custom_jvp whose rule is its own jvp, without the custom_vjps that this holds."""
+    return _with_rule(fn, jax.jvp, output_is_itself=False)
+
+
+@contextlib.contextmanager
+def naming_rules(closed: Any):
+    """Names the custom_vjps of a loss in errors that come from their derivatives."""
+    try:
+        yield
+    except Exception as error:
+        found = [body(e).debug_info.func_src_info for e in equations(closed) if kind(e) in CUSTOM_VJP]
+        if found:
+            error.add_note(
+                f"The loss has a custom_vjp: {', '.join(dict.fromkeys(map(str, found)))}. Second and third derivatives"
+                " are those of its rule, so its fwd and bwd must be differentiable themselves, in forward mode too."
+            )
+        raise
+
+
+def _transposed(f, at, along):
+    """The outputs of a custom_vjp and their tangents by its rule."""
+    z, pull = jax.vjp(f, *at)
+    # For a linear map any cotangent will do. One that is linear only near zero, as clipping is, has a derivative next
+    # to it; at zero itself a norm has none.
+    small = [placement.zeros(jax.typeof(x)) + jnp.finfo(x.dtype).tiny ** 0.25 for x in z]
+    return z, jax.vjp(pull, small)[1](along)[0]
+
+
+def _with_rule(fn, jvp, output_is_itself):
+    """``fn``, from arrays to a list of arrays, as a custom_jvp.
+
+    ``jvp(f, xs, dxs)`` gives its outputs and tangents, for f of the operands that move to the outputs that can; here it
+    is traced, rewritten, and its outputs replaced by those of ``fn`` itself, if so desired.
+    """
+    outer = jax.custom_jvp(fn)
+
+    def rule(primals, tangents):
+        moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero) and is_float(jax.typeof(t))]
+
+        def outputs_and_tangents(primals, along):
+            def f(*xs):
+                return [z for z in fn(*replaced(primals, moved, xs)) if is_float(jax.typeof(z))]
+
+            return jvp(f, tuple(primals[i] for i in moved), along)
+
+        along = tuple(tangents[i] for i in moved)
+        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along))
+        outs = list(outer(*primals))
+        real = [o for o, z in enumerate(outs) if is_float(jax.typeof(z))]
+        makes = {v for eqn in closed.jaxpr.eqns for v in eqn.outvars}
+        names = zip(closed.jaxpr.outvars, (outs[o] for o in real), strict=False)
+        known = {v: z for v, z in names if not isinstance(v, jex.Literal) and v in makes} if output_is_itself else {}
+        found = _run(closed.jaxpr, closed.consts, [*primals, *along], known)
+        dz = [zero_from_primal(z) for z in outs]
+        for o, z, dz_o in zip(real, found[: len(real)], found[len(real) :], strict=True):
+            outs[o], dz[o] = outs[o] if output_is_itself else z, dz_o
+        return outs, dz
+
+    outer.defjvp(rule, symbolic_zeros=True)
+    return outer
+
+
+def _opened(closed):
+    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+
+
+def _run(jaxpr, consts, args, known=()):
+    """The outputs, given the values of some variables; calls are opened, but for remat."""
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)) | dict(known)
+    for eqn in live_equations(jaxpr, known):
+        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars])
+        env.update((v, z) for v, z in zip(eqn.outvars, outs, strict=True) if v not in known)
+    return [read(env, v) for v in jaxpr.outvars]
+
+
+def _evaluated(eqn, jaxpr, values):
+    name, inner = kind(eqn), body(eqn)
+    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs)
+    if name in CUSTOM_VJP:
+        return _with_rule(lambda *xs: evaluate(eqn, jaxpr, xs), _transposed, output_is_itself=True)(*values)
+    if name in CALLS - REMAT and inner is not None:
+        return inside(*values)
+    if name in CUSTOM_JVP or not any(holds(b, CUSTOM_VJP) for b in bodies(eqn)):
+        return evaluate(eqn, jaxpr, values)  # the function of a custom_jvp is not differentiated
+    if name in REMAT:
+        params = getattr(eqn.params.get("_prim"), "params", eqn.params)
+        prevent_cse = params["prevent_cse"]
+        prevent_cse = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
+        return jax.checkpoint(inside, prevent_cse=prevent_cse, policy=params["policy"])(*values)
+    if name == "shard_map":
+        p = eqn.params
+        specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
+        return jax.shard_map(inside, **specs, axis_names=p["newly_manual_axes"], check_vma=p["check_vma"])(*values)
+    held = {k: p for k, p in eqn.params.items() if any(map(_is_jaxpr, jax.tree.leaves(p, is_leaf=_is_jaxpr)))}
+    rewritten = jax.tree.map(lambda x: by_rule(x) if _is_jaxpr(x) else x, held, is_leaf=_is_jaxpr)
+    return evaluate(eqn.replace(params=eqn.params | rewritten), jaxpr, values)
+
+
+# --- Jaxprs -----------------------------------------------------------------------------------------------------------
+
+
+def kind(eqn):
+    """The name of the equation's primitive, in one spelling."""
+    return _SPELLINGS.get(type(eqn.params.get("_prim")).__name__, eqn.primitive.name)
+
+
+def body(eqn):
+    """The function that a call or a custom rule wraps; None where there is none."""
+    return next(iter(bodies(eqn)), None)
+
+
+def bodies(eqn):
+    """The jaxprs that an equation holds."""
+    prim = eqn.params.get("_prim")
+    params = eqn.params if prim is None else [*prim.params.values(), getattr(prim.params.get("traced"), "jaxpr", None)]
+    return [x for x in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in bodies(eqn):
+            yield from equations(inner)
+
+
+def holds(jaxpr, names):
+    return any(kind(eqn) in names for eqn in equations(jaxpr))
+
+
+def _is_jaxpr(x):
+    return isinstance(x, JAXPRS)
+
+
+def uses_refs(eqn):
+    """Whether an equation, or one that it holds, has a mutable array among its operands and results."""
+    if kind(eqn) == "pallas_call":  # a kernel's own
+        return False
+    variables = (v for e in (eqn, *(e for b in bodies(eqn) for e in equations(b))) for v in (*e.invars, *e.outvars))
+    return any("Ref" in type(v.aval).__name__ for v in variables)
+
+
+def evaluate(eqn, jaxpr, values):
+    """The outputs of one equation, by a jaxpr that has no other."""
+    names = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
+    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
+    return function_of(jaxpr, [eqn], names, eqn.outvars)(*(given[v] for v in names))
+
+
+def function_of(jaxpr, eqns, invars, outvars):
+    part = jaxpr.replace(
+        constvars=[],
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=list(eqns),
+        debug_info=_debug_info(jaxpr, invars, outvars),
+    )
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))
+
+
+def _debug_info(jaxpr, invars, outvars):
+    info = jaxpr.debug_info
+    return info._replace(arg_names=("",) * len(invars), result_paths=("",) * len(outvars))
+
+
+def live_equations(jaxpr, given=()):
+    """Those that an output needs, and those with effects, where some variables are given."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}.difference(given)
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal) and v not in given)
+    return kept[::-1]
+
+
+def read(env, v):
+    return v.val if isinstance(v, jex.Literal) else env[v]
+
+
+def variable(v):
+    """None for a literal, which no table of variables holds."""
+    return None if isinstance(v, jex.Literal) else v
+
+
+def is_float(aval):
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def replaced(values, where, by):
+    values = list(values)
+    for i, x in zip(where, by, strict=True):
+        values[i] = x
+    return values
