@@ -33,13 +33,6 @@ def map_rows(fn, *stacks):
         return lax.map(lambda rows: fn(*rows), stacks)
 
 
-def push_rows(fn, stack, outs):
-    if stack is None:
-        return [None] * len(outs)
-    rows = map_rows(fn, stack.array)
-    return [Stack(stack.ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, outs, strict=True)]
-
-
 def add(x, y):
     """The sum of two stacks, over the union of their ranks."""
     if x is None or y is None:

@@ -48,7 +48,6 @@ from grouped_newton.stacks import (
     inner,
     map_rows,
     placed,
-    push_rows,
     select,
     spread_or_zero,
     sum_few,
@@ -202,14 +201,9 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
         elif not targets:
             continue
         elif node.kind == "unary":
-            pulled = [_unary_derivatives(node, env, 1)[0] * lam[node.outs[0]]]
+            pulled = [_unary_derivatives(program, node, env, 1)[0] * lam[node.outs[0]]]
         else:
-            at = [env[v] for v in node.active]
-            moved = range(len(at)) if node.joint else targets
-            fn = _restricted(node, env, moved)
-            _, pull = jax.vjp(lambda *xs, fn=fn: fn(xs), *(at[i] for i in moved))
-            pulled = pull([lam[v].astype(v.aval.dtype) for v in node.outs])
-            pulled = [pulled[moved.index(i)] for i in targets]
+            pulled = _pulled(program, node, env, [lam[v] for v in node.outs], targets)
         for i, value in zip(targets, pulled, strict=True):
             accumulate(node.active[i], value)
     return lam
@@ -218,7 +212,6 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
 def tangent(program, env, lam, first, second, sums, order):
     """First and second tangents of every active variable; adds the local terms to ``sums``."""
     first, second = dict(first), dict(second)
-    rules = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}
     reached = {v: x.ranks for v, x in first.items()}
     for node in program.nodes:
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
@@ -232,7 +225,7 @@ def tangent(program, env, lam, first, second, sums, order):
             x1, x2 = sums.settled(x1, x2)
             first.update((v, x) for v, x in zip(node.active, x1, strict=True) if x is not None)
             second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
-        outs1, outs2 = rules[node.kind](node, env, lam, x1, x2, sums, order)
+        outs1, outs2 = _ruled(program, node, env, lam, x1, x2, sums, order)
         for v, z1, z2 in zip(node.outs, outs1, outs2, strict=True):
             reached[v] = ranks
             if z1 is not None:
@@ -240,6 +233,77 @@ def tangent(program, env, lam, first, second, sums, order):
             if z2 is not None:
                 second[v] = in_room(z2, roomy(v))
     return first, second
+
+
+def _pulled(program, node, env, lam, targets):
+    """The adjoints of the operands numbered ``targets``, given those of the outputs."""
+
+    def make():
+        def pull(values, lam):
+            inside = _named(node, values)
+            moved = range(len(node.active)) if node.joint else targets
+            fn = _restricted(node, inside, moved)
+            _, pull = jax.vjp(lambda *xs: fn(xs), *(inside[node.active[i]] for i in moved))
+            pulled = pull([x.astype(v.aval.dtype) for x, v in zip(lam, node.outs, strict=True)])
+            return [pulled[moved.index(i)] for i in targets]
+
+        return jax.jit(pull) if node.repeats else pull
+
+    return _once(program, node, ("adjoint", *targets), make)(_values(node, env), lam)
+
+
+def _ruled(program, node, env, lam, x1, x2, sums, order):
+    """The tangents of a node by the rule of its kind, which sees no ranks but only their order."""
+    rules = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}
+    rule = rules[node.kind]
+    derivatives = _unary_derivatives(program, node, env, order) if node.kind == "unary" else []
+    if not node.repeats:
+        return rule(node, env, lam, x1, x2, sums, order)
+    ranks = sorted({s for x in (*x1, *x2) if x is not None for s in x.ranks})
+    place = {s: k for k, s in enumerate(ranks)}
+    places = [x and tuple(place[s] for s in x.ranks) for x in (*x1, *x2)]
+    what = "tangent", order, *places
+
+    def make():
+        static = []
+
+        def apply(values, lam, derivatives, arrays):
+            inside = _named(node, values) | {(node.outs[0], "derivatives"): derivatives}
+            stacks = [p and Stack(p, x) for p, x in zip(places, arrays, strict=True)]
+            x1, x2 = stacks[: len(node.active)], stacks[len(node.active) :]
+            local = Sums(len(ranks), sums.dtype, sums.axes)
+            outs = rule(node, inside, dict(zip(node.outs, lam, strict=True)), x1, x2, local, order)
+            static[:] = [[z and z.ranks for z in out] for out in outs], local.terms
+            return [[z and z.array for z in out] for out in outs], local.values
+
+        apply = jax.jit(apply)
+        return lambda *args: (*apply(*args), *static)
+
+    found = _once(program, node, what, make)
+    arrays, values, found_at, terms = found(
+        _values(node, env), [lam[v] for v in node.outs], derivatives, [x and x.array for x in (*x1, *x2)]
+    )
+    named = lambda places: tuple(ranks[k] for k in places)
+    sums.terms += [(name, tuple(map(named, axes))) for name, axes in terms]
+    sums.values += values
+    return [[p and Stack(named(p), z) for p, z in zip(*out, strict=True)] for out in zip(found_at, arrays, strict=True)]
+
+
+def _once(program, node, what, make):
+    """``make()``, a function of arrays that is traced once for all nodes which are the same function."""
+    if not node.repeats:
+        return make()
+    if (node.fn, what) not in program.known:
+        program.known[node.fn, what] = make()
+    return program.known[node.fn, what]
+
+
+def _values(node, env):
+    return [env[v] for v in (*node.active, *node.inactive)]
+
+
+def _named(node, values):
+    return dict(zip((*node.active, *node.inactive), values, strict=True))
 
 
 class Sums:
@@ -309,33 +373,42 @@ class Sums:
 
 
 def _linear(node, env, lam, x1, x2, sums, order):
+    return _pushed(node, env, x1), _pushed(node, env, x2)
+
+
+def _pushed(node, env, stacks):
+    """The first tangents of the outputs, by jvps with respect to operands that are moved together."""
+    outs = [None] * len(node.outs)
+    for targets in _together(node, stacks):
+        ranks = tuple(sorted({s for i in targets if stacks[i] is not None for s in stacks[i].ranks}))
+        at = tuple(env[node.active[i]] for i in targets)
+        fn = _restricted(node, env, targets)
+        X = [spread_or_zero(stacks[i], ranks, node.active[i]) for i in targets]
+        rows = map_rows(lambda *dx, fn=fn, at=at: jax.jvp(lambda *xs: fn(xs), at, dx)[1], *X)
+        pushed = [Stack(ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
+        outs = [add(z, dz) for z, dz in zip(outs, pushed, strict=True)]
+    return outs
+
+
+def _together(node, stacks):
+    """The operands to be moved at once: those with the same ranks, or all where that takes no more than the outputs."""
+    moving = [i for i, x in enumerate(stacks) if x is not None]
+    if not moving:
+        return []
     if node.joint:
-        return _jointly(node, env, x1), _jointly(node, env, x2)
-    outs1 = outs2 = [None] * len(node.outs)
-    for i in range(len(node.active)):
-        push = _push(node, env, i)
-        outs1 = [add(z, dz) for z, dz in zip(outs1, push_rows(push, x1[i], node.outs), strict=True)]
-        outs2 = [add(z, dz) for z, dz in zip(outs2, push_rows(push, x2[i], node.outs), strict=True)]
-    return outs1, outs2
-
-
-def _jointly(node, env, stacks):
-    """The first tangents of the outputs by the jvp with respect to all operands."""
-    ranks = tuple(sorted({s for x in stacks if x is not None for s in x.ranks}))
-    if not ranks:
-        return [None] * len(node.outs)
-    at = tuple(env[v] for v in node.active)
-    fn = _restricted(node, env, range(len(at)))
-    X = [spread_or_zero(x, ranks, v) for x, v in zip(stacks, node.active, strict=True)]
-    rows = map_rows(lambda *dx: jax.jvp(lambda *xs: fn(xs), at, dx)[1], *X)
-    return [Stack(ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
+        return [range(len(node.active))]
+    alike = {}
+    for i in moving:
+        alike.setdefault(stacks[i].ranks, []).append(i)
+    small = sum(v.aval.size for v in node.active) <= sum(v.aval.size for v in node.outs)
+    return [moving] if len(alike) > 2 and small else list(alike.values())
 
 
 def _unary(node, env, lam, x1, x2, sums, order):
     # z1 = f' x1,  z2 = f'' x1^2 + f' x2;  with w2 = lam f'', w3 = lam f''':
     # hbar_st += <x1_s, w2 x1_t>,  third_s += <x1_s, w3 x1_s^2 + 3 w2 x2_s>
     (x1,), (x2,), out = x1, x2, node.outs[0]
-    derivatives = _unary_derivatives(node, env, order)
+    derivatives = env[out, "derivatives"]
     f1, f2 = derivatives[:2]
     w2 = lam[out] * f2
     X = x1.array
@@ -428,25 +501,29 @@ def _restricted(node, env, targets):
     return lambda values: node.fn(replaced(at, targets, values), inactive)
 
 
-def _push(node, env, i):
-    """The jvp of a node with respect to operand i, as a function of the tangent."""
-    fn = _restricted(node, env, [i])
-    return lambda dx: jax.jvp(lambda x: fn([x]), (env[node.active[i]],), (dx,))[1]
-
-
-def _unary_derivatives(node, env, order):
+def _unary_derivatives(program, node, env, order):
     """f', f'', ... of an elementwise node, arrays of the shape of its operand; computed once, not for every row."""
     found = env.setdefault((node.outs[0], "derivatives"), [])
-    fn = _restricted(node, env, [0])
-    derivative = lambda x: fn([x])[0]
-    x = env[node.active[0]]
-    ones = placement.laid_out(jnp.ones_like(x), jax.typeof(x))
-    for k in range(order):
-        derivative = lambda x, f=derivative: jax.jvp(f, (x,), (ones,))[1]
-        if k >= len(found):
-            value = derivative(x)
-            found.append(lax.optimization_barrier(value.astype(wide(value.dtype))))
+    for k in range(len(found), order):
+        found.append(_once(program, node, ("derivative", k), lambda k=k: _derivative(node, k))(_values(node, env)))
     return found[:order]
+
+
+def _derivative(node, k):
+    """The function that gives derivative number k + 1."""
+
+    def derivative(values):
+        inside = _named(node, values)
+        fn = _restricted(node, inside, [0])
+        x = inside[node.active[0]]
+        ones = placement.laid_out(jnp.ones_like(x), jax.typeof(x))
+        f = lambda x: fn([x])[0]
+        for _ in range(k + 1):
+            f = lambda x, f=f: jax.jvp(f, (x,), (ones,))[1]
+        value = f(x)
+        return lax.optimization_barrier(value.astype(wide(value.dtype)))
+
+    return jax.jit(derivative) if node.repeats else derivative
 
 
 # --- Scans: the same three passes, each a scan over the body ----------------------------------------------------------
