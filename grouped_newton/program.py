@@ -53,6 +53,7 @@ _REFS = (
     "refs (jax.new_ref, jax.array_ref) can't be swept: the loss writes values that depend on params to one. Carry them"
     ' as values, as lax.scan does, or use method="nested"'
 )
+_LONGEST = 32  # equations in a chain: XLA takes ever longer over the third derivative of a longer one
 # They would be found out too, but late: a value read only by them would get tangents, and chains would end there.
 CONSTANT = {"stop_gradient", "sign", "floor", "ceil", "round"}
 
@@ -172,6 +173,8 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
         if elementwise and len({root[v] for v in operands}) == 1:
             root[outs[0]] = root[operands[0]]
             chain[outs[0]] = {k}.union(*(chain.get(v, ()) for v in operands))
+            if len(chain[outs[0]]) >= _LONGEST:
+                materialise(outs[0])
             continue
         if eqn.primitive.name == "scan":
             node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars], known)

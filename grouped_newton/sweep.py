@@ -105,16 +105,23 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
     lam = adjoint(program, env, [(out, seed)], wanted) if program.active_outs[0] else {}
 
     def one_pass(ranks, order, u):
-        leaves = zip(program.jaxpr.invars, u, index, strict=True)
-        first = {v: Stack((rank[g],), x[None]) for v, x, g in leaves if rank[g] in ranks}
-        sums = Sums(num_groups, dtype, axes)
-        first, _ = tangent(program, env, lam, first, {}, sums, order)
-        for v, x, g in zip(program.jaxpr.invars, u, index, strict=True):
+        """The sums of the groups of these ranks, which are numbered anew: passes over as many groups look alike."""
+        place = {r: k for k, r in enumerate(ranks)}
+        moved = [
+            (v, x, place[rank[g]]) for v, x, g in zip(program.jaxpr.invars, u, index, strict=True) if rank[g] in place
+        ]
+        sums = Sums(len(place), dtype, axes)
+        first, _ = tangent(program, env, lam, {v: Stack((k,), x[None]) for v, x, k in moved}, {}, sums, order)
+        for v, x, k in moved:
             if half and v in lam:
-                sums.add_gbar(Stack((rank[g],), inner(lam[v][None], x[None])))
+                sums.add_gbar(Stack((k,), inner(lam[v][None], x[None])))
         if not half and _is_active(first, out):
             sums.add_gbar(first[out])
-        return sums.totals()
+        if len(place) == num_groups:
+            return sums.totals()
+        at = jnp.array([place.get(r, 0) for r in range(num_groups)], jnp.int32)
+        slopes, hbar, third = sums.totals()
+        return slopes[at], hbar[at][:, at], third[at]
 
     found = Sums(num_groups, dtype, axes).totals()
     covered: set[int] = set()
