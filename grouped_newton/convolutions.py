@@ -12,7 +12,7 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grouped_newton.program import evaluate, holds, read
+from grouped_newton.rewrites import evaluate, holds, read
 
 
 def caller(loss: Callable[[], Any]) -> Callable[[Callable[[], Any]], Any]:

@@ -165,7 +165,7 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
         outs = [v for v in eqn.outvars if v in carriers]
         if not outs:
             continue
-        elementwise = _is_elementwise(eqn, jaxpr, operands)
+        elementwise = bool(operands) and _is_elementwise(eqn, jaxpr, operands)
         if not elementwise or len({root[v] for v in operands}) > 1:
             operands = [v for v in operands if materialise(v)]
         if not operands:
@@ -299,6 +299,8 @@ def _may_look(eqn):
     A custom rule for symbolic zeros is another function of a tangent that is absent than of one that is zero, and
     that of ``custom_linear_solve`` fails where only what its solver starts from moves.
     """
+    if sum(is_float(v.aval) for v in eqn.invars) < 2:
+        return False
     name, inner = kind(eqn), bodies(eqn)
     own = name in ELEMENTWISE or any(getattr(m, f"{name}_p", None) is eqn.primitive for m in (lax, lax.linalg))
     if name in CUSTOM_JVP or name == "custom_linear_solve" or not (own or inner):
@@ -355,7 +357,8 @@ def _keeps_places(eqn, jaxpr, order=3):
     """Whether every number of the output is a function of those in its place alone, and its derivatives too."""
     name = kind(eqn)
     if name in CALLS or name in CUSTOM_JVP:
-        in_body = all(_keeps_places(e, b, order if name in CALLS else 0) for b in bodies(eqn) for e in b.eqns)
+        inner = [getattr(b, "jaxpr", b) for b in bodies(eqn)]
+        in_body = all(_keeps_places(e, b, order if name in CALLS else 0) for b in inner for e in b.eqns)
         return in_body and (name in CALLS or order == 0 or _rule_keeps_places(eqn, jaxpr, order))
     return name in ELEMENTWISE or (name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ())
 
@@ -371,8 +374,8 @@ def _rule_keeps_places(eqn, jaxpr, order):
     avals = [v.aval for v in eqn.invars]
     traced = _open_calls(jax.make_jaxpr(rule)(avals, [avals[i] for i in moved])).jaxpr
     tangent = live_equations(traced.replace(outvars=traced.outvars[len(eqn.outvars) :]))
-    others = [e for e in live_equations(traced) if e not in tangent and kind(e) not in CUSTOM_JVP]
-    return all(_keeps_places(e, traced, order - 1) for e in (*tangent, *others))
+    of_value = [e for e in live_equations(traced) if kind(e) not in CUSTOM_JVP]
+    return all(_keeps_places(e, traced, order - 1) for e in (*tangent, *of_value))
 
 
 def _max_over_windows(window_dimensions, window_strides, padding, base_dilation, window_dilation):

@@ -41,23 +41,36 @@ def by_rule(closed: Any) -> Any:
     return _opened(closed)
 
 
+def in_forward_mode(fn: Callable[[list], jax.Array], args: list) -> Callable[[list], jax.Array] | None:
+    """``fn`` of a list of arrays by the rules of its custom_vjps, so that jvps can be nested; None if it has none."""
+    closed = jax.make_jaxpr(fn)(args)
+    run = jex.jaxpr_as_fun(by_rule(closed))
+    jvp = jax.make_jaxpr(lambda xs: jax.jvp(run, xs, xs))(args)
+    if holds(jvp, CUSTOM_VJP):  # in the rules of its custom_jvps
+        run = followed(run)
+    elif not holds(closed, CUSTOM_VJP):
+        return None
+    return lambda args: run(*args)[0]
+
+
 def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
     """``fn`` as a custom_jvp whose rule is its own jvp, without the custom_vjps that this holds."""
     return _with_rule(fn, jax.jvp, output_is_itself=False)
 
 
 @contextlib.contextmanager
-def naming_rules(closed: Any):
-    """Names the custom_vjps of a loss in errors that come from their derivatives."""
+def naming_rules(trace: Callable[[], Any]):
+    """Adds the names of the custom_vjps in a traced loss to errors, which may come from their derivatives."""
     try:
         yield
     except Exception as error:
-        found = [body(e).debug_info.func_src_info for e in equations(closed) if kind(e) in CUSTOM_VJP]
-        if found:
-            error.add_note(
-                f"The loss has a custom_vjp: {', '.join(dict.fromkeys(map(str, found)))}. Second and third derivatives"
-                " are those of its rule, so its fwd and bwd must be differentiable themselves, in forward mode too."
-            )
+        with contextlib.suppress(Exception):
+            eqns = [e for e in equations(trace()) if kind(e) in CUSTOM_VJP]
+            if found := dict.fromkeys(str(body(e).debug_info.func_src_info) for e in eqns):
+                error.add_note(
+                    f"The loss has a custom_vjp: {', '.join(found)}. Second and third derivatives are those of its"
+                    " rule, so its fwd and bwd must be differentiable themselves, in forward mode too."
+                )
         raise
 
 
@@ -66,7 +79,7 @@ def _transposed(f, at, along):
     z, pull = jax.vjp(f, *at)
     # For a linear map any cotangent will do. One that is linear only near zero, as clipping is, has a derivative next
     # to it; at zero itself a norm has none.
-    small = [placement.zeros(jax.typeof(x)) + jnp.finfo(x.dtype).tiny ** 0.25 for x in z]
+    small = [placement.zeros(jax.typeof(x)) + float(jnp.finfo(x.dtype).tiny) ** 0.25 for x in z]
     return z, jax.vjp(pull, small)[1](along)[0]
 
 
@@ -74,7 +87,7 @@ def _with_rule(fn, jvp, output_is_itself):
     """``fn``, from arrays to a list of arrays, as a custom_jvp.
 
     ``jvp(f, xs, dxs)`` gives its outputs and tangents, for f of the operands that move to the outputs that can; here it
-    is traced, rewritten, and its outputs replaced by those of ``fn`` itself, if so desired.
+    is traced and rewritten, and its outputs replaced by those of the custom_jvp itself, if so desired.
     """
     outer = jax.custom_jvp(fn)
 
@@ -88,7 +101,7 @@ def _with_rule(fn, jvp, output_is_itself):
             return jvp(f, tuple(primals[i] for i in moved), along)
 
         along = tuple(tangents[i] for i in moved)
-        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along))
+        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along), deep=True)
         outs = list(outer(*primals))
         real = [o for o, z in enumerate(outs) if is_float(jax.typeof(z))]
         makes = {v for eqn in closed.jaxpr.eqns for v in eqn.outvars}
@@ -104,28 +117,34 @@ def _with_rule(fn, jvp, output_is_itself):
     return outer
 
 
-def _opened(closed):
-    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+def _opened(closed, deep=False):
+    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args, (), deep))(*closed.in_avals)
 
 
-def _run(jaxpr, consts, args, known=()):
-    """The outputs, given the values of some variables; calls are opened, but for remat."""
+def _run(jaxpr, consts, args, known=(), deep=False):
+    """The outputs, given the values of some variables; calls are opened, but for remat.
+
+    ``deep`` also follows the custom_vjps in the rules of custom_jvps; ``program.py`` looks for them where it needs to.
+    """
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)) | dict(known)
     for eqn in live_equations(jaxpr, known):
-        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars])
+        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars], deep)
         env.update((v, z) for v, z in zip(eqn.outvars, outs, strict=True) if v not in known)
     return [read(env, v) for v in jaxpr.outvars]
 
 
-def _evaluated(eqn, jaxpr, values):
+def _evaluated(eqn, jaxpr, values, deep):
     name, inner = kind(eqn), body(eqn)
-    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs)
+    itself = lambda *xs: evaluate(eqn, jaxpr, xs)
+    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs, (), deep)
     if name in CUSTOM_VJP:
-        return _with_rule(lambda *xs: evaluate(eqn, jaxpr, xs), _transposed, output_is_itself=True)(*values)
+        return _with_rule(itself, _transposed, output_is_itself=True)(*values)
+    if name in CUSTOM_JVP:  # whose function is not differentiated
+        return (followed(itself) if deep else itself)(*values)
     if name in CALLS - REMAT and inner is not None:
         return inside(*values)
-    if name in CUSTOM_JVP or not any(holds(b, CUSTOM_VJP) for b in bodies(eqn)):
-        return evaluate(eqn, jaxpr, values)  # the function of a custom_jvp is not differentiated
+    if not any(holds(b, CUSTOM_VJP | CUSTOM_JVP if deep else CUSTOM_VJP) for b in bodies(eqn)):
+        return itself(*values)
     if name in REMAT:
         params = getattr(eqn.params.get("_prim"), "params", eqn.params)
         prevent_cse = params["prevent_cse"]
@@ -136,7 +155,7 @@ def _evaluated(eqn, jaxpr, values):
         specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
         return jax.shard_map(inside, **specs, axis_names=p["newly_manual_axes"], check_vma=p["check_vma"])(*values)
     held = {k: p for k, p in eqn.params.items() if any(map(_is_jaxpr, jax.tree.leaves(p, is_leaf=_is_jaxpr)))}
-    rewritten = jax.tree.map(lambda x: by_rule(x) if _is_jaxpr(x) else x, held, is_leaf=_is_jaxpr)
+    rewritten = jax.tree.map(lambda x: _opened(x, deep) if _is_jaxpr(x) else x, held, is_leaf=_is_jaxpr)
     return evaluate(eqn.replace(params=eqn.params | rewritten), jaxpr, values)
 
 

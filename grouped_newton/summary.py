@@ -23,6 +23,7 @@ from jax import lax
 
 from grouped_newton import groups as _groups
 from grouped_newton import placement
+from grouped_newton.rewrites import in_forward_mode, naming_rules, replaced
 from grouped_newton.sweep import sweep
 
 METHODS = ("sweep", "nested")
@@ -66,9 +67,14 @@ def summarize(
 
     Args:
       value_fn: the loss L, from params to one real number. It may close over a
-        batch, dropout keys or statistics. Where it uses ``jax.custom_vjp``, the
-        sweep differentiates the function and not its rule; ``jax.custom_jvp``
-        rules are followed.
+        batch, dropout keys or statistics. Custom rules are followed: slopes are
+        those of ``jax.grad``, and ``jax.custom_vjp`` counts as a ``custom_jvp``
+        whose jvp is the transpose of its bwd. Where a rule isn't the derivative
+        of its function, hbar and third are those of the rule's jvp; where it is
+        no gradient of anything, entry (s, t) of hbar, s <= t, is the derivative
+        along s of the slope along t; where bwd isn't linear in the cotangent,
+        they are those of its linear part for small ones. docs/refused.md has
+        more, and what is refused.
       params: theta, a pytree of real floating-point arrays; dtypes may differ.
       direction: u, of the same structure and shapes, not negated: the gradient,
         for plain descent. It is cast to the dtypes of the params.
@@ -119,11 +125,14 @@ def summarize(
         for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
     ]
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
-    if method == "nested":
-        local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
-    else:
-        num_groups = partition.num_groups
-        local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
+    moving = [i for i, g in enumerate(partition.index) if g >= 0]
+    restricted = lambda values: loss_of_leaves(replaced(theta, moving, values))
+    with naming_rules(lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])):
+        if method == "nested":
+            local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
+        else:
+            num_groups = partition.num_groups
+            local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
     return _over_devices(local, names, axes)
 
 
@@ -143,14 +152,13 @@ def _over_devices(local, names, axes):
 def _nested(loss, theta, u, partition, dtype, order):
     """The definition; ``loss`` is a function of the list of leaves."""
 
-    def restricted_to(leaves):
+    def restricted_to(leaves, loss):
         """The loss as a function of some leaves alone, and where it is taken."""
+        return lambda values: loss(replaced(theta, leaves, values)), [theta[i] for i in leaves]
 
-        def restricted(values):
-            moved = dict(zip(leaves, values, strict=True))
-            return loss([moved.get(i, x) for i, x in enumerate(theta)])
-
-        return restricted, [theta[i] for i in leaves]
+    moving = [i for i, g in enumerate(partition.index) if g >= 0]
+    by_rule = in_forward_mode(*restricted_to(moving, loss))
+    smooth = loss if by_rule is None else lambda leaves: by_rule([leaves[i] for i in moving])
 
     def inner_by_group(leaves, values):
         """<v, u>_t for every group t, of a v that is zero outside ``leaves``."""
@@ -163,14 +171,17 @@ def _nested(loss, theta, u, partition, dtype, order):
     for s in range(partition.num_groups):
         downstream = [i for i, g in enumerate(partition.index) if g >= s]
         u_s = [u[i] if partition.index[i] == s else jnp.zeros_like(u[i]) for i in downstream]
-        f, x = restricted_to(downstream)
+        f, x = restricted_to(downstream, smooth)
         (value_s, gradient), (_, hessian_u_s) = jax.jvp(jax.value_and_grad(f), (x,), (u_s,))
         if s == 0:
-            value, gbar = value_s, inner_by_group(downstream, gradient)
+            value = value_s
+            if smooth is not loss:  # of the gradient itself, also where a rule isn't linear in the cotangent
+                gradient = jax.grad(restricted_to(downstream, loss)[0])(x)
+            gbar = inner_by_group(downstream, gradient)
         rows.append(inner_by_group(downstream, hessian_u_s))
 
         own = partition.members(s)
-        f, x = restricted_to(own)
+        f, x = restricted_to(own, smooth)
         third.append(_third_derivative(f, x, [u[i] for i in own]) if order == 3 else jnp.zeros((), dtype))
     if value is None:
         return zeros(0, dtype)._replace(loss=loss(theta).astype(dtype))

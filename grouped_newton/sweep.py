@@ -39,7 +39,7 @@ from jax import lax
 
 from grouped_newton import placement
 from grouped_newton.program import Program, build, is_half
-from grouped_newton.rewrites import by_rule, evaluate, naming_rules, read, replaced
+from grouped_newton.rewrites import by_rule, evaluate, read, replaced
 from grouped_newton.stacks import (
     Stack,
     add,
@@ -80,8 +80,7 @@ def sweep(
     restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
     closed = jax.make_jaxpr(restricted)(at)
     followed = by_rule(closed)
-    with naming_rules(closed):
-        value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
+    value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
     if followed is not closed:  # the slopes of the gradient itself, also where a rule is not linear in the cotangent
         gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
         sums = Sums(num_groups, dtype, placement.tracked_axes())
@@ -418,7 +417,7 @@ def _unary(node, env, lam, x1, x2, sums, order):
     derivatives = env[out, "derivatives"]
     f1, f2 = derivatives[:2]
     w2 = lam[out] * f2
-    X = x1.array
+    X = x1.array.astype(w2.dtype)
     weighted = X * w2[None]
     sums.add_hbar(x1.ranks, x1.ranks, gram(weighted, X))
     z1 = Stack(x1.ranks, (f1[None] * X).astype(out.aval.dtype))
@@ -428,12 +427,13 @@ def _unary(node, env, lam, x1, x2, sums, order):
     local = w3[None] * X * X
     curved = f2[None] * X * X
     if x2 is not None and x2.ranks == x1.ranks:
-        local = local + 3 * w2[None] * x2.array
-        z2 = Stack(x1.ranks, (curved + f1[None] * x2.array).astype(out.aval.dtype))
+        X2 = x2.array.astype(w2.dtype)
+        local = local + 3 * w2[None] * X2
+        z2 = Stack(x1.ranks, (curved + f1[None] * X2).astype(out.aval.dtype))
     else:
         z2 = Stack(x1.ranks, curved.astype(out.aval.dtype))
         if x2 is not None:
-            z2 = add(z2, Stack(x2.ranks, (f1[None] * x2.array).astype(out.aval.dtype)))
+            z2 = add(z2, Stack(x2.ranks, (f1[None] * x2.array.astype(f1.dtype)).astype(out.aval.dtype)))
             sums.add_third(x2.ranks, 3 * inner(select(Stack(x1.ranks, weighted), x2.ranks), x2.array))
     sums.add_third(x1.ranks, inner(X, local))
     return [z1], [z2]

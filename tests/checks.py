@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,3 +36,9 @@ def only_grouped_newton(state):
     is_ours = lambda x: isinstance(x, gn.GroupedNewtonState)
     (found,) = (x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
     return found
+
+
+def assert_same_summary(got, expected, tol):
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    for name, a, b in zip(got._fields, got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=tol * (1e-30 + np.max(np.abs(b), initial=0)), rtol=0, err_msg=name)

@@ -3,13 +3,13 @@
 import itertools
 import math
 
-import chex
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from checks import assert_same_summary
 from jax import lax
 
 import grouped_newton as gn
@@ -28,12 +28,6 @@ def both(loss, params, groups=gn.groups.per_tensor, **kwargs):
         lambda p, u: gn.summarize(loss, p, u, groups, method=method, **(kwargs if method == "sweep" else {}))
     )(params, direction)
     return run("sweep"), run("nested")
-
-
-def assert_same_summary(got, expected, tol):
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
-    for name, a, b in zip(got._fields, got, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=tol * (1e-30 + np.max(np.abs(b), initial=0)), rtol=0, err_msg=name)
 
 
 def rows():
@@ -458,64 +452,6 @@ def test_the_transform_takes_the_same_rates_as_from_the_definition(x64):
 
 
 # Rules and primitives that cannot be differentiated
-
-
-@jax.custom_vjp
-def with_rule(x):
-    return jnp.sin(x) * x
-
-
-with_rule.defvjp(lambda x: (with_rule(x), x), lambda x, g: (g * (jnp.cos(x) * x + jnp.sin(x)),))
-
-
-def scaled_map(f, x, factor):
-    return f(x) * factor
-
-
-scaled_map_with_rule = jax.custom_vjp(scaled_map, nondiff_argnums=(0, 2))
-scaled_map_with_rule.defvjp(
-    lambda f, x, factor: (scaled_map(f, x, factor), x),
-    lambda f, factor, x, g: (g * factor * jax.vmap(jax.grad(f))(x),),
-)
-
-
-@pytest.mark.parametrize("scanned", [False, True], ids=["plain", "scanned"])
-@pytest.mark.parametrize(
-    ("rule", "plain"),
-    [
-        (with_rule, lambda x: jnp.sin(x) * x),
-        (lambda x: scaled_map_with_rule(jnp.sin, x, 3), lambda x: scaled_map(jnp.sin, x, 3)),
-    ],
-    ids=["one argument", "nondiff_argnums"],
-)
-def test_a_custom_vjp_is_swept_as_the_function_that_it_wraps(x64, rule, plain, scanned):
-    params = cast(vectors(), jnp.float64)
-
-    def loss_with(f):
-        if scanned:
-            return lambda p: jnp.sum(lax.scan(lambda h, b: (jax.jit(f)(h * b), None), p["a"], p["b"])[0] ** 2)
-        return lambda p: jnp.sum(jax.checkpoint(f)(p["a"] * p["b"]) ** 2)
-
-    with pytest.raises((TypeError, NotImplementedError), match=r"custom_vjp|custom_lin"):
-        gn.summarize(loss_with(rule), params, params, method="nested")
-    run = lambda f, method: jax.jit(lambda p: gn.summarize(loss_with(f), p, p, method=method))(params)
-    assert_same_summary(run(rule, "sweep"), run(plain, "nested"), 1e-12)
-
-
-@jax.custom_vjp
-def doubled_until_large(x):
-    return lax.while_loop(lambda c: jnp.sum(c) < 100, lambda c: 2 * c, x)
-
-
-doubled_until_large.defvjp(lambda x: (doubled_until_large(x), None), lambda _, g: (g,))
-
-
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_a_custom_vjp_around_what_has_no_derivative_is_refused_clearly(transform):
-    loss = lambda p: jnp.sum(doubled_until_large(1 + p["b"] ** 2)) * jnp.sum(p["a"])
-    assert jax.grad(loss)(vectors())["a"].shape == (4,)
-    with pytest.raises(ValueError, match=r"(?s)while_loop.*custom_vjp.*function that it wraps"):
-        transform(lambda p: gn.summarize(loss, p, p))(vectors())
 
 
 def callback(x):
