@@ -253,15 +253,16 @@ def _pulled(program, node, env, lam, targets):
             pulled = pull([x.astype(v.aval.dtype) for x, v in zip(lam, node.outs, strict=True)])
             return [pulled[moved.index(i)] for i in targets]
 
-        return jax.jit(pull) if node.repeats else pull
+        return pull
 
     return _once(program, node, ("adjoint", *targets), make)(_values(node, env), lam)
 
 
 def _ruled(program, node, env, lam, x1, x2, sums, order):
     """The tangents of a node by the rule of its kind, which sees no ranks but only their order."""
-    rules = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}
-    rule = rules[node.kind]
+    rule = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}[
+        node.kind
+    ]
     derivatives = _unary_derivatives(program, node, env, order) if node.kind == "unary" else []
     if not node.repeats:
         return rule(node, env, lam, x1, x2, sums, order)
@@ -269,38 +270,36 @@ def _ruled(program, node, env, lam, x1, x2, sums, order):
     place = {s: k for k, s in enumerate(ranks)}
     places = [x and tuple(place[s] for s in x.ranks) for x in (*x1, *x2)]
     what = "tangent", order, *places
+    # What of the outputs is no array, kept when the rule is traced.
+    found_at, terms = program.known.setdefault((node.fn, what, "places"), ([], []))
 
     def make():
-        static = []
-
-        def apply(values, lam, derivatives, arrays):
+        def ruled(values, lam, derivatives, arrays):
             inside = _named(node, values) | {(node.outs[0], "derivatives"): derivatives}
             stacks = [p and Stack(p, x) for p, x in zip(places, arrays, strict=True)]
             x1, x2 = stacks[: len(node.active)], stacks[len(node.active) :]
             local = Sums(len(ranks), sums.dtype, sums.axes)
             outs = rule(node, inside, dict(zip(node.outs, lam, strict=True)), x1, x2, local, order)
-            static[:] = [[z and z.ranks for z in out] for out in outs], local.terms
+            found_at[:], terms[:] = [[z and z.ranks for z in out] for out in outs], local.terms
             return [[z and z.array for z in out] for out in outs], local.values
 
-        apply = jax.jit(apply)
-        return lambda *args: (*apply(*args), *static)
+        return ruled
 
-    found = _once(program, node, what, make)
-    arrays, values, found_at, terms = found(
-        _values(node, env), [lam[v] for v in node.outs], derivatives, [x and x.array for x in (*x1, *x2)]
-    )
+    arrays = [x and x.array for x in (*x1, *x2)]
+    run = _once(program, node, what, make)
+    outs, values = run(_values(node, env), [lam[v] for v in node.outs], derivatives, arrays)
     named = lambda places: tuple(ranks[k] for k in places)
     sums.terms += [(name, tuple(map(named, axes))) for name, axes in terms]
     sums.values += values
-    return [[p and Stack(named(p), z) for p, z in zip(*out, strict=True)] for out in zip(found_at, arrays, strict=True)]
+    return [[p and Stack(named(p), z) for p, z in zip(*out, strict=True)] for out in zip(found_at, outs, strict=True)]
 
 
 def _once(program, node, what, make):
-    """``make()``, a function of arrays that is traced once for all nodes which are the same function."""
+    """``make()``, a function of arrays, traced once for all nodes that are the same function."""
     if not node.repeats:
         return make()
     if (node.fn, what) not in program.known:
-        program.known[node.fn, what] = make()
+        program.known[node.fn, what] = jax.jit(make(), inline=True)
     return program.known[node.fn, what]
 
 
@@ -530,7 +529,7 @@ def _derivative(node, k):
         value = f(x)
         return lax.optimization_barrier(value.astype(wide(value.dtype)))
 
-    return jax.jit(derivative) if node.repeats else derivative
+    return derivative
 
 
 # --- Scans: the same three passes, each a scan over the body ----------------------------------------------------------
