@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 import grouped_newton as gn
 
@@ -209,4 +210,61 @@ MODELS = {
     "transformer, 4 scanned": functools.partial(transformer, scanned=True),
     "transformer, 12 scanned": functools.partial(transformer, layers=12, scanned=True),
     "resnet-18, batch norm": resnet18,
+}
+
+
+# --- Losses that are long to write down: what the first call costs --------------------------------------------------
+
+
+def unrolled(n, width=16, batch=4, max_groups=16):
+    """n residual layers, written out."""
+    init = _Init(0)
+    params = {f"layer_{i}": {"w": init(width, width), "b": init(width, scale=0.1)} for i in range(n)}
+    x = init(batch, width, fan_in=1)
+
+    def loss(params):
+        h = x
+        for i in range(n):
+            h = h + jnp.tanh(h @ params[f"layer_{i}"]["w"] + params[f"layer_{i}"]["b"][None]) / n
+        return jnp.mean(h**2)
+
+    return Model(loss, params, gn.groups.per_module(max_groups=max_groups))
+
+
+def leaves(n):
+    """n leaves, ten a module, none of which meets another before the sum."""
+    init = _Init(0)
+    params = {f"module_{i}": {f"leaf_{j}": init(8) for j in range(10)} for i in range(n // 10)}
+    return Model(lambda p: sum(jnp.sum(jnp.tanh(x) ** 2) for x in jax.tree.leaves(p)), params, gn.groups.per_module)
+
+
+def raveled(n):
+    """n leaves as one vector, one group."""
+    init = _Init(0)
+    params = {f"leaf_{i}": init(8) for i in range(n)}
+    return Model(lambda p: jnp.sum(jnp.tanh(ravel_pytree(p)[0]) ** 2), params, gn.groups.single)
+
+
+def sines(n):
+    """n steps of x + sin(3 x) / 20, written out."""
+    init = _Init(0)
+    params = {"x": init(4, 16), "gain": init(16)}
+
+    def loss(params):
+        x = params["x"] * params["gain"][None]
+        for _ in range(n):
+            x = x + 0.05 * jnp.sin(3 * x)
+        return jnp.mean(x**2)
+
+    return Model(loss, params, gn.groups.per_tensor)
+
+
+# Name -> (a function that makes the model, options of the summary).
+FIRST_CALLS = {
+    **{f"{n} layers": (functools.partial(unrolled, n), {}) for n in (10, 50, 100, 200, 400)},
+    "1,000 leaves": (functools.partial(leaves, 1000), {}),
+    "ravel_pytree of 400": (functools.partial(raveled, 400), {}),
+    "40 steps of a sine": (functools.partial(sines, 40), {}),
+    "60 groups": (functools.partial(unrolled, 60, max_groups=60), {}),
+    "60 groups, max_stack=16": (functools.partial(unrolled, 60, max_groups=60), {"max_stack": 16}),
 }

@@ -7,18 +7,28 @@ gradient, mostly its outputs), as a multiple of the gradient's. *hessian* is ``j
 the third order, without anything of ours. A dash stands for a method that is skipped because a call would take longer
 than the limit, by its multiplications at the gradient's rate.
 
+With --first-calls, another table: seconds of the first call, tracing, lowering, compiling and running, of the gradient,
+the summary and a whole step of ``gn.grouped_newton``, on losses that are long to write down. *CPU* is the processor's
+seconds of the same, which other work on the machine hardly changes; *peak memory* is the host's. Every figure is of
+a process of its own.
+
     python benchmarks/summary.py --help
 """
 
 import argparse
+import itertools
+import json
 import math
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from models import MODELS
+from models import FIRST_CALLS, MODELS
 from tqdm import tqdm
 
 import grouped_newton as gn
@@ -150,6 +160,57 @@ def measure(model, methods, seconds, limit=math.inf):
     return {name: (statistics.median(times[name]), first[name], memory[name]) for name in calls}
 
 
+def whole_step(model, options):
+    """A step of the default optimizer, gradient included, and its arguments."""
+    tx = gn.grouped_newton(groups=model.groups, **options)
+
+    def step(params, state):
+        value, grads = jax.value_and_grad(model.loss)(params)
+        updates, state = tx.update(grads, state, params, value=value, value_fn=model.loss)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    return step, (model.params, tx.init(model.params))
+
+
+def first_call(name, what):
+    """Seconds of tracing, lowering, compiling, running, of the processor in all of them; bytes at the peak."""
+    make, options = FIRST_CALLS[name]
+    model = make()
+    function, arguments = {
+        "gradient": lambda: (jax.value_and_grad(model.loss), (model.params,)),
+        "summary": lambda: (summary(model, **options), (model.params, model.params)),
+        "step": lambda: whole_step(model, options),
+    }[what]()
+    jax.block_until_ready(jax.jit(jnp.sin)(1.0))
+    times, cpu = [time.perf_counter()], time.process_time()
+    stage = jax.jit(function)
+    for advance in (
+        lambda f: f.trace(*arguments),
+        lambda traced: traced.lower(),
+        lambda lowered: lowered.compile(),
+        lambda compiled: jax.block_until_ready(compiled(*arguments)),
+    ):
+        stage = advance(stage)
+        times.append(time.perf_counter())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return [b - a for a, b in itertools.pairwise(times)], time.process_time() - cpu, peak
+
+
+def first_calls(names):
+    """The table, every figure in a process of its own."""
+    columns = ["trace", "lower", "compile", "run", "first call, s", "CPU, s", "gradients", "of CPU", "peak memory, MB"]
+    print("| loss | what | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 2))
+    for name in tqdm(names, disable=None, leave=False):
+        base = None
+        for what in ("gradient", "summary", "step"):
+            command = [sys.executable, __file__, "--first-call", name, what]
+            stages, cpu, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            base = base or (sum(stages), cpu)
+            cells = [*(f"{x:.2f}" for x in (*stages, sum(stages), cpu))]
+            cells += [f"{sum(stages) / base[0]:.1f}", f"{cpu / base[1]:.1f}", f"{peak / 1e6:.0f}"]
+            print("| " + " | ".join([name, what, *cells]) + " |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}")
@@ -162,7 +223,15 @@ def main():
     )
     parser.add_argument("--batch", type=int, help="instead of 100, for transformers 16")
     parser.add_argument("--dtype", default="float32", help="of parameters and data (default: float32)")
+    parser.add_argument(
+        "--first-calls", nargs="*", metavar="LOSS", help=f"the other table, of {'; '.join(FIRST_CALLS)} (default: all)"
+    )
+    parser.add_argument("--first-call", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.first_call:
+        return print(json.dumps(first_call(*arguments.first_call)))
+    if arguments.first_calls is not None:
+        return first_calls(arguments.first_calls or FIRST_CALLS)
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"no model called {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
 

@@ -341,7 +341,7 @@ def folded(op, x, identity):
     x = jnp.concatenate([x, jnp.full(missing, identity, x.dtype)])
     while x.size > 1:
         x = op(x[: x.size // 2], x[x.size // 2 :])
-    return op(x.reshape(()), jnp.asarray(identity, x.dtype))
+    return lax.optimization_barrier(op(x.reshape(()), jnp.asarray(identity, x.dtype)))
 
 
 def total(x):

@@ -35,6 +35,7 @@ from grouped_newton.rewrites import (
     holds,
     is_float,
     kind,
+    likeness,
     live_equations,
     read,
     replaced,
@@ -52,6 +53,7 @@ _REFS = (
     "refs (jax.new_ref, jax.array_ref) can't be swept: the loss writes values that depend on params to one. Carry them"
     ' as values, as lax.scan does, or use method="nested"'
 )
+_LONGEST = 32  # equations in a chain: XLA takes ever longer over the third derivative of a longer one
 # They would be found out too, but late: a value read only by them would get tangents, and chains would end there.
 CONSTANT = {"stop_gradient", "sign", "floor", "ceil", "round"}
 
@@ -66,6 +68,7 @@ class Node(NamedTuple):
     outs: tuple
     scan: Any = None
     joint: bool = False  # its operands are to be perturbed together
+    repeats: bool = False  # ``fn`` is that of all nodes which are the same function
 
 
 class Program(NamedTuple):
@@ -76,6 +79,7 @@ class Program(NamedTuple):
     nodes: list
     scans: dict[int, Node]  # by number of the equation
     active_outs: list[bool]
+    known: dict  # what is found out once for all nodes that are the same function
 
 
 class Scan(NamedTuple):
@@ -132,8 +136,9 @@ class Scan(NamedTuple):
                 return {v: tuple(sorted(ranks)) for v, ranks in sets.items()}
 
 
-def build(closed: Any, active: Sequence[bool]) -> Program:
-    """Opens the calls of a closed jaxpr and sorts its equations into nodes."""
+def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Program:
+    """Opens the calls of a closed jaxpr and sorts its equations into nodes; of equal ones one is ``known`` for all."""
+    known = {} if known is None else known
     closed = _open_calls(closed, active)
     jaxpr = closed.jaxpr
     eqns = live_equations(jaxpr)
@@ -147,7 +152,7 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
     def materialise(v):
         """Gives a value that is an elementwise function of its root a node of its own; False if it has no tangent."""
         if root[v] is not v:
-            node = _node(jaxpr, [eqns[k] for k in sorted(chain.pop(v))], [root[v]], [v], elementwise=True)
+            node = _node(jaxpr, [eqns[k] for k in sorted(chain.pop(v))], [root[v]], [v], known, elementwise=True)
             if node is None:
                 del root[v]
                 return False
@@ -168,9 +173,11 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
         if elementwise and len({root[v] for v in operands}) == 1:
             root[outs[0]] = root[operands[0]]
             chain[outs[0]] = {k}.union(*(chain.get(v, ()) for v in operands))
+            if len(chain[outs[0]]) >= _LONGEST:
+                materialise(outs[0])
             continue
         if eqn.primitive.name == "scan":
-            node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars])
+            node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars], known)
         else:
             group = [eqn]
             if elementwise:  # a broadcast operand stays small: the broadcast becomes a part of the node
@@ -178,14 +185,15 @@ def build(closed: Any, active: Sequence[bool]) -> Program:
                     if v in maker and eqns[maker[v]].primitive.name == "broadcast_in_dim":
                         group.insert(0, eqns[maker[v]])
                         operands[i] = eqns[maker[v]].invars[0]
-            node = _node(jaxpr, group, list(dict.fromkeys(operands)), outs)
+            node = _node(jaxpr, group, list(dict.fromkeys(operands)), outs, known)
         if node is not None:
             nodes.append(node)
             root.update((v, v) for v in node.outs)
             if node.kind == "scan":
                 scans[k] = node
     active_outs = [not isinstance(v, jex.Literal) and v in root and materialise(v) for v in jaxpr.outvars]
-    return Program(jaxpr.replace(eqns=eqns), closed.consts, _live_nodes(nodes, jaxpr.outvars), scans, active_outs)
+    nodes = _live_nodes(nodes, jaxpr.outvars)
+    return Program(jaxpr.replace(eqns=eqns), closed.consts, nodes, scans, active_outs, known)
 
 
 def _open_calls(closed, active=None):
@@ -238,24 +246,36 @@ def _live_nodes(nodes, outvars):
     return kept[::-1]
 
 
-def _node(jaxpr, eqns, active, outs, elementwise=False):
+def _node(jaxpr, eqns, active, outs, known, elementwise=False):
     """A node from equations; None if no output depends on an active operand."""
     inside = {v for eqn in eqns for v in eqn.outvars}
     operands = dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal))
     inactive = [v for v in operands if v not in inside and v not in active]
+    alike = likeness(eqns, [*active, *inactive], outs)
+    key = alike or object(), len(active), elementwise
+    if key not in known:
+        known[key] = _sorted(jaxpr, eqns, active, inactive, outs, elementwise)
+    how, fn, kept, joint = known[key]
+    if not kept:
+        return None
+    outs = tuple(outs[o] for o in kept)
+    return Node(how, fn, tuple(active), tuple(inactive), outs, joint=joint, repeats=alike is not None)
+
+
+def _sorted(jaxpr, eqns, active, inactive, outs, elementwise):
+    """Kind and function of a node, the numbers of its outputs that move, and whether its operands do so together."""
     evaluate = function_of(jaxpr, eqns, [*active, *inactive], outs)
     if eqns[0].primitive.name == "reduce_window_max":
         evaluate = _max_over_windows(**eqns[0].params) or evaluate
-    joint = len(active) > 1 and any(map(_may_look, eqns))
-    traced = _traced_tangents(evaluate, active, inactive, joint)
+    n = len(active)
+    joint = n > 1 and any(map(_may_look, eqns))
+    together = joint or n > 2  # one by one, n operands would be n functions of n operands
+    traced = _traced_tangents(evaluate, active, inactive, together)
     if any(holds(jaxpr, CUSTOM_VJP) for jaxpr in traced):  # in the rule of a custom_jvp
         evaluate = followed(evaluate)
-        traced = _traced_tangents(evaluate, active, inactive, joint)
-    n = len(active)
-    reach = [_dependence(traced[0], n, i, n) if joint else _dependence(traced[i], n, 0, 1) for i in range(n)]
+        traced = _traced_tangents(evaluate, active, inactive, together)
+    reach = [_dependence(traced[0], n, i, n) if together else _dependence(traced[i], n, 0, 1) for i in range(n)]
     kept = [o for o in range(len(outs)) if any(reach[i][o][0] for i in range(n))]
-    if not kept:
-        return None
     curved = {(i, j) for i in range(n) for o in kept for j in reach[i][o][1]}
 
     def fn(active_values, inactive_values):
@@ -270,7 +290,7 @@ def _node(jaxpr, eqns, active, outs, elementwise=False):
         how = "bilinear"
     else:
         how = "general"
-    return Node(how, fn, tuple(active), tuple(inactive), tuple(outs[o] for o in kept), joint=joint)
+    return how, fn, kept, joint
 
 
 def _may_look(eqn):
@@ -382,14 +402,14 @@ def _max_over_windows(window_dimensions, window_strides, padding, base_dilation,
     return pooled
 
 
-def _scan_node(eqn, active):
+def _scan_node(eqn, active, known):
     closed = eqn.params["jaxpr"]
     outer = lambda vs, inner: sum(a.aval.ndim > b.aval.ndim for a, b in zip(vs, inner, strict=True))
     num_carry = len(eqn.outvars) - outer(eqn.outvars, closed.jaxpr.outvars)
     num_consts = len(eqn.invars) - outer(eqn.invars, closed.jaxpr.invars) - num_carry
     active = list(active)
     while True:  # a carry is active if it starts so or becomes so
-        body = build(closed, active)
+        body = build(closed, active, known)
         grown = list(active)
         for k in range(num_carry):
             grown[num_consts + k] |= body.active_outs[k]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from grouped_newton import placement
@@ -223,6 +224,31 @@ def function_of(jaxpr, eqns, invars, outvars):
 def _debug_info(jaxpr, invars, outvars):
     info = jaxpr.debug_info
     return info._replace(arg_names=("",) * len(invars), result_paths=("",) * len(outvars))
+
+
+def likeness(eqns: Sequence, invars: Sequence, outvars: Sequence) -> Any:
+    """What equations have in common with others that are the same function; None where that can't be told."""
+    number = {v: k for k, v in enumerate(invars)}
+    parts = []
+    for eqn in eqns:
+        if eqn.effects or bodies(eqn):
+            return None
+        operands = [_literal(v) if isinstance(v, jex.Literal) else number[v] for v in eqn.invars]
+        for v in eqn.outvars:
+            number.setdefault(v, len(number))
+        params = tuple(sorted(eqn.params.items()))
+        parts.append((eqn.primitive, params, eqn.ctx, tuple(operands), tuple(v.aval for v in eqn.outvars)))
+    key = tuple(parts), tuple(v.aval for v in invars), tuple(number[v] for v in outvars)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _literal(v):
+    value = np.asarray(v.val)
+    return v.aval, value.dtype, value.tobytes()
 
 
 def live_equations(jaxpr, given=()):

@@ -1,15 +1,19 @@
 """Stacks of tangents: one array per value, a row for every group that has reached it."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from grouped_newton import placement
 
 _SHORT = 1 << 15
+_FEW = 8
+_ROOM = 1 << 15  # numbers of a stack that may be zeros
 
 
 class Stack(NamedTuple):
@@ -29,13 +33,6 @@ def map_rows(fn, *stacks):
         return lax.map(lambda rows: fn(*rows), stacks)
 
 
-def push_rows(fn, stack, outs):
-    if stack is None:
-        return [None] * len(outs)
-    rows = map_rows(fn, stack.array)
-    return [Stack(stack.ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, outs, strict=True)]
-
-
 def add(x, y):
     """The sum of two stacks, over the union of their ranks."""
     if x is None or y is None:
@@ -50,6 +47,30 @@ def add(x, y):
     return Stack(ranks, spread(x, ranks) + spread(y, ranks))
 
 
+def with_room(ranks, size, num_groups):
+    """The ranks of a stack of small rows: with some that come later, so that few stacks differ in their shape.
+
+    XLA compiles a kernel once for all equal ones; the more rows of zeros are cheaper than another kernel.
+    """
+    step = _ROOM // max(num_groups * size, 1)
+    if len(ranks) < 2 or step < 2 or len(ranks) != ranks[-1] - ranks[0] + 1:
+        return ranks
+    rows = min(-(-len(ranks) // step) * step, num_groups)
+    end = min(ranks[0] + rows, num_groups)
+    return tuple(range(end - rows, end))
+
+
+def in_room(stack, ranks):
+    """The stack with the further ranks, if it has not all of them."""
+    return stack if set(stack.ranks) >= set(ranks) else Stack(ranks, spread(stack, ranks))
+
+
+def within(stack, ranks):
+    """The stack without the rows of other ranks, which are zero."""
+    kept = stack and tuple(s for s in stack.ranks if s in ranks)
+    return Stack(kept, select(stack, kept)) if kept else None
+
+
 def _contiguous(ranks, among):
     start = among.index(ranks[0])
     return start if among[start : start + len(ranks)] == ranks else None
@@ -59,6 +80,8 @@ def spread(stack, ranks):
     """The stack's array with rows of zeros for the ranks that it lacks."""
     if stack.ranks == ranks:
         return stack.array
+    if len(stack.ranks) == 1 and _is_small(stack.array, len(ranks)):
+        return jnp.where(_place(stack.ranks[0], ranks, stack.array), stack.array, 0)
     start = _contiguous(stack.ranks, ranks)
     if start is not None:
         pad = [(start, len(ranks) - start - len(stack.ranks), 0)] + [(0, 0, 0)] * (stack.array.ndim - 1)
@@ -75,10 +98,23 @@ def select(stack, ranks):
     """The rows of some of the stack's ranks."""
     if stack.ranks == ranks:
         return stack.array
+    if len(ranks) == 1 and _is_small(stack.array[:1], len(stack.ranks)):
+        return jnp.sum(jnp.where(_place(ranks[0], stack.ranks, stack.array), stack.array, 0), axis=0, keepdims=True)
     start = _contiguous(ranks, stack.ranks)
     if start is not None:
         return lax.slice_in_dim(stack.array, start, start + len(ranks))
     return stack.array[jnp.array([stack.ranks.index(s) for s in ranks])]
+
+
+def _is_small(row, rows):
+    anywhere = not placement.on_a_mesh(row) and not placement.varying_axes(jax.typeof(row))
+    return anywhere and 2 * rows * row.size <= _ROOM
+
+
+def _place(rank, ranks, array):
+    """Where a rank is among others, as an array: a kernel that reads it is the same for all ranks."""
+    where = np.array([s == rank for s in ranks])
+    return jnp.asarray(where.reshape(-1, *[1] * (array.ndim - 1)))
 
 
 def gram(x, y):
@@ -105,14 +141,27 @@ def inner(x, y):
     return jnp.sum(products, axis=tuple(range(1, x.ndim))).real
 
 
-def placed(stack, num_groups, dtype):
-    return spread(Stack(stack.ranks, stack.array.astype(dtype)), tuple(range(num_groups)))
-
-
-def placed_block(rows, columns, block, num_groups):
+def placed(ranks, values, num_groups):
+    """Zeros of shape (S,) or (S, S) with the values at the ranks, a tuple of them for every axis."""
     everything = tuple(range(num_groups))
-    block = spread(Stack(rows, block), everything)
-    return spread(Stack(columns, block.T), everything).T
+    starts = [_contiguous(r, everything) for r in ranks]
+    if None in starts:
+        zero = placement.vary(
+            jnp.zeros((num_groups,) * len(ranks), values.dtype), placement.varying_axes(jax.typeof(values))
+        )
+        return zero.at[jnp.ix_(*map(jnp.array, ranks))].set(values)
+    if all(len(r) == num_groups for r in ranks):
+        return values
+    pad = [(start, num_groups - start - len(r), 0) for start, r in zip(starts, ranks, strict=True)]
+    return lax.pad(values, jnp.zeros((), values.dtype), pad)
+
+
+def sum_few(arrays):
+    """Their sum, a few at a time: XLA compiles equal sums of a few once, and a sum of hundreds for long."""
+    while len(arrays) > 1:
+        parts = [functools.reduce(jnp.add, arrays[k : k + _FEW]) for k in range(0, len(arrays), _FEW)]
+        arrays = lax.optimization_barrier(parts)
+    return arrays[0]
 
 
 def wide(dtype):

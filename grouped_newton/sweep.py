@@ -44,15 +44,19 @@ from grouped_newton.stacks import (
     Stack,
     add,
     gram,
+    in_room,
     inner,
     map_rows,
     placed,
-    placed_block,
-    push_rows,
     select,
     spread_or_zero,
+    sum_few,
     wide,
+    with_room,
+    within,
 )
+
+_HELD = 1 << 16  # numbers of terms that wait to be added up
 
 
 def sweep(
@@ -100,16 +104,23 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
     lam = adjoint(program, env, [(out, seed)], wanted) if program.active_outs[0] else {}
 
     def one_pass(ranks, order, u):
-        leaves = zip(program.jaxpr.invars, u, index, strict=True)
-        first = {v: Stack((rank[g],), x[None]) for v, x, g in leaves if rank[g] in ranks}
-        sums = Sums(num_groups, dtype, axes)
-        first, _ = tangent(program, env, lam, first, {}, sums, order)
-        for v, x, g in zip(program.jaxpr.invars, u, index, strict=True):
+        """The sums of the groups of these ranks, which are numbered anew: passes over as many groups look alike."""
+        place = {r: k for k, r in enumerate(ranks)}
+        moved = [
+            (v, x, place[rank[g]]) for v, x, g in zip(program.jaxpr.invars, u, index, strict=True) if rank[g] in place
+        ]
+        sums = Sums(len(place), dtype, axes)
+        first, _ = tangent(program, env, lam, {v: Stack((k,), x[None]) for v, x, k in moved}, {}, sums, order)
+        for v, x, k in moved:
             if half and v in lam:
-                sums.add_gbar(Stack((rank[g],), inner(lam[v][None], x[None])))
+                sums.add_gbar(Stack((k,), inner(lam[v][None], x[None])))
         if not half and _is_active(first, out):
             sums.add_gbar(first[out])
-        return sums.totals()
+        if len(place) == num_groups:
+            return sums.totals()
+        at = jnp.array([place.get(r, 0) for r in range(num_groups)], jnp.int32)
+        slopes, hbar, third = sums.totals()
+        return slopes[at], hbar[at][:, at], third[at]
 
     found = Sums(num_groups, dtype, axes).totals()
     covered: set[int] = set()
@@ -196,14 +207,9 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
         elif not targets:
             continue
         elif node.kind == "unary":
-            pulled = [_unary_derivatives(node, env, 1)[0] * lam[node.outs[0]]]
+            pulled = [_unary_derivatives(program, node, env, 1)[0] * lam[node.outs[0]]]
         else:
-            at = [env[v] for v in node.active]
-            moved = range(len(at)) if node.joint else targets
-            fn = _restricted(node, env, moved)
-            _, pull = jax.vjp(lambda *xs, fn=fn: fn(xs), *(at[i] for i in moved))
-            pulled = pull([lam[v].astype(v.aval.dtype) for v in node.outs])
-            pulled = [pulled[moved.index(i)] for i in targets]
+            pulled = _pulled(program, node, env, [lam[v] for v in node.outs], targets)
         for i, value in zip(targets, pulled, strict=True):
             accumulate(node.active[i], value)
     return lam
@@ -212,90 +218,202 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
 def tangent(program, env, lam, first, second, sums, order):
     """First and second tangents of every active variable; adds the local terms to ``sums``."""
     first, second = dict(first), dict(second)
-    rules = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}
+    reached = {v: x.ranks for v, x in first.items()}
     for node in program.nodes:
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
         if all(x is None for x in x1):
             continue
+        ranks = tuple(sorted({s for v in node.active for s in reached.get(v, ())}))
+        roomy = lambda v, ranks=ranks: with_room(ranks, v.aval.size, sums.num_groups)
+        smallest = min(map(roomy, node.outs), key=len)
+        x1, x2 = ([within(x, smallest) for x in stacks] for stacks in (x1, x2))
         if node.kind != "linear":
             x1, x2 = sums.settled(x1, x2)
             first.update((v, x) for v, x in zip(node.active, x1, strict=True) if x is not None)
             second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
-        outs1, outs2 = rules[node.kind](node, env, lam, x1, x2, sums, order)
-        first.update((v, z) for v, z in zip(node.outs, outs1, strict=True) if z is not None)
-        second.update((v, z) for v, z in zip(node.outs, outs2, strict=True) if z is not None)
+        outs1, outs2 = _ruled(program, node, env, lam, x1, x2, sums, order)
+        for v, z1, z2 in zip(node.outs, outs1, outs2, strict=True):
+            reached[v] = ranks
+            if z1 is not None:
+                first[v] = in_room(z1, roomy(v))
+            if z2 is not None:
+                second[v] = in_room(z2, roomy(v))
     return first, second
 
 
+def _pulled(program, node, env, lam, targets):
+    """The adjoints of the operands numbered ``targets``, given those of the outputs."""
+
+    def make():
+        def pull(values, lam):
+            inside = _named(node, values)
+            moved = range(len(node.active)) if node.joint else targets
+            fn = _restricted(node, inside, moved)
+            _, pull = jax.vjp(lambda *xs: fn(xs), *(inside[node.active[i]] for i in moved))
+            pulled = pull([x.astype(v.aval.dtype) for x, v in zip(lam, node.outs, strict=True)])
+            return [pulled[moved.index(i)] for i in targets]
+
+        return pull
+
+    return _once(program, node, ("adjoint", *targets), make)(_values(node, env), lam)
+
+
+def _ruled(program, node, env, lam, x1, x2, sums, order):
+    """The tangents of a node by the rule of its kind, which sees no ranks but only their order."""
+    rule = {"linear": _linear, "unary": _unary, "bilinear": _bilinear, "general": _general, "scan": _scan_tangent}[
+        node.kind
+    ]
+    derivatives = _unary_derivatives(program, node, env, order) if node.kind == "unary" else []
+    if not node.repeats:
+        return rule(node, env, lam, x1, x2, sums, order)
+    ranks = sorted({s for x in (*x1, *x2) if x is not None for s in x.ranks})
+    place = {s: k for k, s in enumerate(ranks)}
+    places = [x and tuple(place[s] for s in x.ranks) for x in (*x1, *x2)]
+    what = "tangent", order, *places
+    # What of the outputs is no array, kept when the rule is traced.
+    found_at, terms = program.known.setdefault((node.fn, what, "places"), ([], []))
+
+    def make():
+        def ruled(values, lam, derivatives, arrays):
+            inside = _named(node, values) | {(node.outs[0], "derivatives"): derivatives}
+            stacks = [p and Stack(p, x) for p, x in zip(places, arrays, strict=True)]
+            x1, x2 = stacks[: len(node.active)], stacks[len(node.active) :]
+            local = Sums(len(ranks), sums.dtype, sums.axes)
+            outs = rule(node, inside, dict(zip(node.outs, lam, strict=True)), x1, x2, local, order)
+            found_at[:], terms[:] = [[z and z.ranks for z in out] for out in outs], local.terms
+            return [[z and z.array for z in out] for out in outs], local.values
+
+        return ruled
+
+    arrays = [x and x.array for x in (*x1, *x2)]
+    run = _once(program, node, what, make)
+    outs, values = run(_values(node, env), [lam[v] for v in node.outs], derivatives, arrays)
+    named = lambda places: tuple(ranks[k] for k in places)
+    sums.terms += [(name, tuple(map(named, axes))) for name, axes in terms]
+    sums.values += values
+    return [[p and Stack(named(p), z) for p, z in zip(*out, strict=True)] for out in zip(found_at, outs, strict=True)]
+
+
+def _once(program, node, what, make):
+    """``make()``, a function of arrays, traced once for all nodes that are the same function."""
+    if not node.repeats:
+        return make()
+    if (node.fn, what) not in program.known:
+        program.known[node.fn, what] = jax.jit(make(), inline=True)
+    return program.known[node.fn, what]
+
+
+def _values(node, env):
+    return [env[v] for v in (*node.active, *node.inactive)]
+
+
+def _named(node, values):
+    return dict(zip((*node.active, *node.inactive), values, strict=True))
+
+
 class Sums:
-    """Accumulates local terms of gbar, hbar and third, in order of rank; over ``axes`` they are to be added up."""
+    """Local terms of gbar, hbar and third, in order of rank; over ``axes`` they are to be added up.
+
+    A term keeps the ranks that it has. Spread over all groups one by one, every term of another place would be another
+    kernel to compile.
+    """
 
     def __init__(self, num_groups, dtype, axes=()):
         self.num_groups, self.dtype, self.axes = num_groups, dtype, axes
-        self.gbar, self.hbar, self.third = [], [], []
+        self.terms = []  # name of the sum, ranks along its axes
+        self.values = []
+        self.computed = 0  # of them, behind a barrier
 
     def add_gbar(self, stack):
-        self.gbar.append(self._part(placed(stack, self.num_groups, self.dtype)))
+        self._add("gbar", (stack.ranks,), stack.array)
 
     def add_hbar(self, rows, columns, block):
-        self.hbar.append(self._part(placed_block(rows, columns, block.astype(self.dtype), self.num_groups)))
+        self._add("hbar", (rows, columns), block)
 
     def add_third(self, ranks, values):
-        self.third.append(self._part(placed(Stack(ranks, values), self.num_groups, self.dtype)))
+        self._add("third", (ranks,), values)
 
-    def _part(self, term):
-        return placement.in_parts(term, self.axes)
+    def add_totals(self, hbar, third):
+        everything = tuple(range(self.num_groups))
+        self._add("hbar", (everything, everything), hbar)
+        self._add("third", (everything,), third)
+
+    def _add(self, name, ranks, values):
+        self.terms.append((name, ranks))
+        self.values.append(placement.in_parts(values.astype(self.dtype), self.axes))
 
     def settled(self, x1, x2):
-        """The stacks of tangents that a node is about to read, not to be read before all terms so far are added up.
+        """The stacks of tangents that a node is about to read, not to be read before all terms so far are computed.
 
         A node reads its stacks several times. Left alone, XLA computes sums and slices anew for every reader, and puts
         the terms off and keeps every stack that they read: five times the memory, and slower.
         """
-        _, hbar, third = self.totals()
+        if sum(v.size for v in self.values) > max(_HELD, 4 * self.num_groups**2):
+            gbar, hbar, third = self.totals()
+            everything = tuple(range(self.num_groups))
+            self.terms, self.values, self.computed = [], [], 0
+            self.add_gbar(Stack(everything, gbar))
+            self.add_totals(hbar, third)
         arrays = [None if x is None else x.array for x in (*x1, *x2)]
-        arrays, hbar, third = lax.optimization_barrier((arrays, hbar, third))
-        self.hbar, self.third = [hbar], [third]
+        arrays, self.values[self.computed :] = lax.optimization_barrier((arrays, self.values[self.computed :]))
+        self.computed = len(self.values)
         stacks = [None if x is None else Stack(x.ranks, a) for x, a in zip((*x1, *x2), arrays, strict=True)]
         return stacks[: len(x1)], stacks[len(x1) :]
 
     def totals(self):
-        zero = placement.vary(jnp.zeros((self.num_groups,), self.dtype), self.axes)
-        square = placement.vary(jnp.zeros((self.num_groups, self.num_groups), self.dtype), self.axes)
-        return sum(self.gbar, zero), sum(self.hbar, square), sum(self.third, zero)
+        """gbar, hbar and third of all groups."""
+        S = self.num_groups
+        return [self._total(name, shape) for name, shape in (("gbar", (S,)), ("hbar", (S, S)), ("third", (S,)))]
+
+    def _total(self, name, shape):
+        alike = {}
+        for (term, ranks), values in zip(self.terms, self.values, strict=True):
+            if term == name:
+                alike.setdefault(ranks, []).append(values)
+        zero = placement.vary(jnp.zeros(shape, self.dtype), self.axes)
+        return sum_few([zero, *(placed(ranks, sum_few(values), self.num_groups) for ranks, values in alike.items())])
 
 
 # --- Rules: (first, second) tangents of the outputs of a node from those of its operands ----------------------------
 
 
 def _linear(node, env, lam, x1, x2, sums, order):
+    return _pushed(node, env, x1), _pushed(node, env, x2)
+
+
+def _pushed(node, env, stacks):
+    """The first tangents of the outputs, by jvps with respect to operands that are moved together."""
+    outs = [None] * len(node.outs)
+    for targets in _together(node, stacks):
+        ranks = tuple(sorted({s for i in targets if stacks[i] is not None for s in stacks[i].ranks}))
+        at = tuple(env[node.active[i]] for i in targets)
+        fn = _restricted(node, env, targets)
+        X = [spread_or_zero(stacks[i], ranks, node.active[i]) for i in targets]
+        rows = map_rows(lambda *dx, fn=fn, at=at: jax.jvp(lambda *xs: fn(xs), at, dx)[1], *X)
+        pushed = [Stack(ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
+        outs = [add(z, dz) for z, dz in zip(outs, pushed, strict=True)]
+    return outs
+
+
+def _together(node, stacks):
+    """The operands to be moved at once: those with the same ranks, or all where that takes no more than the outputs."""
+    moving = [i for i, x in enumerate(stacks) if x is not None]
+    if not moving:
+        return []
     if node.joint:
-        return _jointly(node, env, x1), _jointly(node, env, x2)
-    outs1 = outs2 = [None] * len(node.outs)
-    for i in range(len(node.active)):
-        push = _push(node, env, i)
-        outs1 = [add(z, dz) for z, dz in zip(outs1, push_rows(push, x1[i], node.outs), strict=True)]
-        outs2 = [add(z, dz) for z, dz in zip(outs2, push_rows(push, x2[i], node.outs), strict=True)]
-    return outs1, outs2
-
-
-def _jointly(node, env, stacks):
-    """The first tangents of the outputs by the jvp with respect to all operands."""
-    ranks = tuple(sorted({s for x in stacks if x is not None for s in x.ranks}))
-    if not ranks:
-        return [None] * len(node.outs)
-    at = tuple(env[v] for v in node.active)
-    fn = _restricted(node, env, range(len(at)))
-    X = [spread_or_zero(x, ranks, v) for x, v in zip(stacks, node.active, strict=True)]
-    rows = map_rows(lambda *dx: jax.jvp(lambda *xs: fn(xs), at, dx)[1], *X)
-    return [Stack(ranks, placement.laid_out(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
+        return [range(len(node.active))]
+    alike = {}
+    for i in moving:
+        alike.setdefault(stacks[i].ranks, []).append(i)
+    small = sum(v.aval.size for v in node.active) <= sum(v.aval.size for v in node.outs)
+    return [moving] if len(alike) > 2 and small else list(alike.values())
 
 
 def _unary(node, env, lam, x1, x2, sums, order):
     # z1 = f' x1,  z2 = f'' x1^2 + f' x2;  with w2 = lam f'', w3 = lam f''':
     # hbar_st += <x1_s, w2 x1_t>,  third_s += <x1_s, w3 x1_s^2 + 3 w2 x2_s>
     (x1,), (x2,), out = x1, x2, node.outs[0]
-    derivatives = _unary_derivatives(node, env, order)
+    derivatives = env[out, "derivatives"]
     f1, f2 = derivatives[:2]
     w2 = lam[out] * f2
     X = x1.array.astype(w2.dtype)
@@ -389,25 +507,29 @@ def _restricted(node, env, targets):
     return lambda values: node.fn(replaced(at, targets, values), inactive)
 
 
-def _push(node, env, i):
-    """The jvp of a node with respect to operand i, as a function of the tangent."""
-    fn = _restricted(node, env, [i])
-    return lambda dx: jax.jvp(lambda x: fn([x]), (env[node.active[i]],), (dx,))[1]
-
-
-def _unary_derivatives(node, env, order):
+def _unary_derivatives(program, node, env, order):
     """f', f'', ... of an elementwise node, arrays of the shape of its operand; computed once, not for every row."""
     found = env.setdefault((node.outs[0], "derivatives"), [])
-    fn = _restricted(node, env, [0])
-    derivative = lambda x: fn([x])[0]
-    x = env[node.active[0]]
-    ones = placement.laid_out(jnp.ones_like(x), jax.typeof(x))
-    for k in range(order):
-        derivative = lambda x, f=derivative: jax.jvp(f, (x,), (ones,))[1]
-        if k >= len(found):
-            value = derivative(x)
-            found.append(lax.optimization_barrier(value.astype(wide(value.dtype))))
+    for k in range(len(found), order):
+        found.append(_once(program, node, ("derivative", k), lambda k=k: _derivative(node, k))(_values(node, env)))
     return found[:order]
+
+
+def _derivative(node, k):
+    """The function that gives derivative number k + 1."""
+
+    def derivative(values):
+        inside = _named(node, values)
+        fn = _restricted(node, inside, [0])
+        x = inside[node.active[0]]
+        ones = placement.laid_out(jnp.ones_like(x), jax.typeof(x))
+        f = lambda x: fn([x])[0]
+        for _ in range(k + 1):
+            f = lambda x, f=f: jax.jvp(f, (x,), (ones,))[1]
+        value = f(x)
+        return lax.optimization_barrier(value.astype(wide(value.dtype)))
+
+    return derivative
 
 
 # --- Scans: the same three passes, each a scan over the body ----------------------------------------------------------
@@ -495,7 +617,7 @@ def _scan_tangent(node, env, lam, x1, x2, sums, order):
     start = lambda stacks: {i: spread_or_zero(stacks.get(i), ranks[invars[i]], invars[i]) for i in carried}
     scanned = lambda stacks: {i: jnp.moveaxis(x.array, 1, 0) for i, x in stacks.items() if scan.is_scanned(i)}
     constant = lambda stacks: {invars[i]: x for i, x in stacks.items() if i < scan.num_consts}
-    end = lambda stacks, o, rank: spread_or_zero(stacks.get(outvars[o]), rank, outvars[o])
+    end = lambda stacks, o, rank: spread_or_zero(within(stacks.get(outvars[o]), rank), rank, outvars[o])
 
     def inputs(stacks, carry, x):
         found = constant(stacks) | {invars[i]: Stack(ranks[invars[i]], array) for i, array in carry.items()}
@@ -522,8 +644,7 @@ def _scan_tangent(node, env, lam, x1, x2, sums, order):
         scan.length,
         scan.reverse,
     )
-    sums.hbar.append(hbar)
-    sums.third.append(third)
+    sums.add_totals(hbar, third)
 
     def out(carry, ys, o):
         if o < scan.num_carry:

@@ -231,7 +231,7 @@ def scale_by_grouped_newton(
             if delayed:
                 u = _either(partition, first, updates, state.direction)
                 theta = _either(partition, first, params, state.origin)
-            summary = call(lambda: summarize(loss_fn, theta, u, _grouping(groups, params), **options))
+            summary = _settled(call(lambda: summarize(loss_fn, theta, u, _grouping(groups, params), **options)))
             if averaged_params is not None:
                 halfway = jax.tree.map(_between, averaged_params, params)
                 progress = annealing.measure(loss_at(averaged_params), loss_at(halfway), loss_at(params))
@@ -239,9 +239,10 @@ def scale_by_grouped_newton(
                 state = state._replace(progress=progress)
             levelled = averaged_params is not None
             state = _refreshed(state, summary, damping_at(state), rates, summary_memory, first & delayed, levelled)
+            state = _settled(state)
             if levelled:
                 now, of_direction = (_root_mean_squares(partition, x, state.eta.dtype, axis_name) for x in (theta, u))
-                state = state._replace(eta=annealing.trusted(state.eta, now, state.start, of_direction))
+                state = _settled(state._replace(eta=annealing.trusted(state.eta, now, state.start, of_direction)))
             again = state.status == CubicStatus.NOT_FINITE
             if adaptive:
                 moved = _moved(partition, theta, partition.scale(used(state.eta), u))
@@ -508,10 +509,10 @@ def _refreshed(state, summary, damping, rates, share, own, levelled):
     learnt = finite & ~(_all_zero(summary.gbar) & _all_zero(jnp.diag(summary.hbar)))  # a zero direction tells nothing
     count = state.refreshes + 1
     memory = _memory.remember(before, summary, count, share, state.eta)
-    memory = jax.tree.map(lambda new, old: jnp.where(learnt, new, old), memory, before)
+    memory = _settled(jax.tree.map(lambda new, old: jnp.where(learnt, new, old), memory, before))
     average = memory.average
 
-    solution = rates(average, damping)
+    solution = _settled(rates(average, damping))
     outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
     eta, found = outcome(solution)
     if not isinstance(rates, _rates.EdgeRates):
@@ -534,6 +535,14 @@ def _refreshed(state, summary, damping, rates, share, own, levelled):
         uphill=state.uphill + (finite & (total(summary.gbar) < 0)),
         **memory._asdict(),
     )
+
+
+def _settled(numbers):
+    """The same numbers, computed here once: XLA fuses a chain of small operations into each of its readers.
+
+    Every leaf that is scaled by a rate would compute the whole rule anew, in a kernel of its own to be compiled.
+    """
+    return lax.optimization_barrier(numbers)
 
 
 def _all_zero(x):
