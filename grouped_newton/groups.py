@@ -468,7 +468,7 @@ def dtype_of(leaf: Any) -> Any:
 
 def is_numeric(dtype: Any) -> bool:
     """Whether there is arithmetic in a dtype."""
-    return dtype is not None and (jnp.issubdtype(dtype, jnp.number) or dtype == bool)
+    return dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
 
 
 def _check_real(path, leaf):

@@ -120,11 +120,12 @@ def summarize(
         for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
     ]
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
-    if method == "nested":
-        local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
-    else:
-        num_groups = partition.num_groups
-        local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
+    with jax.numpy_dtype_promotion("standard"):  # strict rules let half precision meet nothing
+        if method == "nested":
+            local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
+        else:
+            num_groups = partition.num_groups
+            local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
     return _over_devices(local, names, axes)
 
 

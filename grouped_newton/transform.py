@@ -446,7 +446,8 @@ def _in_float32(direction):
     wide = lambda tree: jax.tree.map(lambda x: x.astype(_groups.wider(x.dtype, jnp.float32)), tree)
 
     def update(updates, state, params=None):
-        u, state = direction.update(wide(updates), state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Adam's counter is an integer exponent
+            u, state = direction.update(wide(updates), state, params)
         return optax.tree.cast_like(u, updates), state
 
     return optax.GradientTransformation(lambda params: direction.init(wide(params)), update)
@@ -467,7 +468,7 @@ def _without_bad_numbers(x):
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    largest = jnp.finfo(x.dtype).max ** 0.5  # an adaptive direction keeps squares
+    largest = float(jnp.finfo(x.dtype).max) ** 0.5  # an adaptive direction keeps squares
     return jnp.where(jnp.abs(x) <= largest, x, jnp.zeros_like(x))
 
 
