@@ -446,6 +446,8 @@ def _labels_of_leaves(label_tree, params):
 def wider(a: Any, b: Any) -> Any:
     """The wider of two inexact dtypes, float32 for two halves; under strict promotion too."""
     a, b = jnp.dtype(a), jnp.dtype(b)
+    if not jnp.issubdtype(a, jnp.inexact) or not jnp.issubdtype(b, jnp.inexact):
+        return b if jnp.issubdtype(b, jnp.inexact) else a
     if a == b or a.itemsize != b.itemsize:
         return a if a.itemsize >= b.itemsize else b
     return jnp.dtype(jnp.float32)

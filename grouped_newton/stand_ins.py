@@ -5,15 +5,15 @@
   out (S,)       the groups that the rate rule knows nothing of
 
 *The rule.* A summary whose loss isn't finite, or without any fine group, is left out: the rates stay. Of any other,
-what is finite is used. A group that isn't fine stays as the average has it; a third derivative too, in the units of the
-present curvature. One that has never been finite counts as hbar_ss^2 / |gbar_s|, with which the curvature changes by
-itself along the group's own Newton step. A coupling counts as zero until it is finite. A group that has never been fine
-is out, and while there are no rates that the rule gave to all, so is one that neither curvature nor third derivative
-bounds. The rule sees zeros there, and these groups move, while their slope isn't negative, by ``SHARE`` of the root mean
-square of their own numbers, now or at the start, a group of zeros (less than ``SMALL`` of the largest) as the least of
-the others, or by ``FIRST`` if all are zero; and no further than the others, whose rates are the rule's, do on average.
-So nothing stands still while directions are finite and lead downhill. All of it is equivariant: scaling the direction
-of a group changes no step.
+what is finite is used. A group that isn't fine stays as the average has it; a third derivative too, in the units of
+the present curvature. One that has never been finite counts as hbar_ss^2 / |gbar_s|, with which the curvature changes
+by itself along the group's own Newton step. A coupling counts as zero until it is finite. A group that has never been
+fine is out, and while there are no rates that the rule gave to all, so is one that neither curvature nor third
+derivative bounds. The rule sees zeros there, and these groups move, while their slope is positive or unknown, by
+``SHARE`` of the root mean square of their own numbers, now or at the start, a group of zeros (less than ``SMALL`` of
+the largest) as the least of the others, or by ``FIRST`` if all are zero; and no further than the others, whose rates
+are the rule's, do on average. So nothing stands still while directions are finite and lead downhill. All of it is
+equivariant: scaling the direction of a group changes no step.
 """
 
 from typing import Any
@@ -127,7 +127,7 @@ def rates(eta: jax.Array, out: jax.Array, slope: jax.Array, params: Any, start: 
 def revived(eta: jax.Array, out: jax.Array, by_rule: jax.Array, gbar: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Present rates, with those that are zero or stood in for by the rule, once it gives one; and which are still out.
 
-    The rule's are brought to the level of the present ones: to where they promise as much for the groups that have both.
+    The rule's are brought to the level of the present ones: to where they promise as much for groups that have both.
     """
     both = ~out & (eta > 0) & (by_rule > 0)
     promise = lambda x: total(jnp.where(both, jnp.abs(gbar) * x, 0))

@@ -232,11 +232,12 @@ def scale_by_grouped_newton(
         loss_fn = _with_arguments(value_fn, extra_args)
         value = extra_args.get("value")
         if value is not None:
-            value = one_number("value must be", value, "tx.update(..., value=loss) after (loss, aux), grads = ...")
+            value = one_number("value must be", value, "tx.update(..., value=value[0])")
         if not adaptive:
             value = None
         if value is not None:
-            losses, spike = spikes.observe(state.losses, placement.mean(value, axis_name), state.count)
+            value = placement.mean(value, axis_name)
+            losses, spike = spikes.observe(state.losses, value, state.count)
             # After ten in a row that aren't finite they tell nothing, and gradients may be fine.
             mute = spike & ~jnp.isfinite(value) & (state.caution <= _LEAST_CAUTION)
             spike &= ~mute
@@ -558,15 +559,22 @@ def _refreshed(state, summary, damping, rates, share, own, levelled, lengths):
     memory = choose(memory, _memory.Memory(*(getattr(state, name) for name in _memory.Memory._fields)))
 
     average, out = stand_ins.for_the_rule(memory.average, jnp.where(usable, known, state.known))
-    solution = rates(average, damping)
-    outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
-    eta, found = outcome(solution)
     without_rates = _all_zero(state.eta) | _all_replaced(state)
-    unbounded = stand_ins.unbounded(average, damping)
-    edge = rates if isinstance(rates, _rates.EdgeRates) else _rates.edge_rates()
-    fall_back = (without_rates | jnp.any(state.replaced)) & (solution.status == CubicStatus.UNBOUNDED)
-    by_edge = lambda: (*outcome(edge(stand_ins.without(average, unbounded), damping)), out | unbounded)
-    eta, found, out = lax.cond(fall_back, by_edge, lambda: (eta, found, out))
+    unbounded = stand_ins.unbounded(average, damping) & (without_rates | jnp.any(state.replaced))
+    bounded, bounded_out = stand_ins.without(average, unbounded), out | unbounded
+    outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
+    if isinstance(rates, _rates.EdgeRates):
+        solution, out = rates(bounded, damping), bounded_out
+        eta, found = outcome(solution)
+        solution = solution._replace(
+            status=jnp.where(found & jnp.any(unbounded), CubicStatus.UNBOUNDED, solution.status)
+        )
+    else:
+        solution = rates(average, damping)
+        eta, found = outcome(solution)
+        by_edge = lambda: (*outcome(_rates.edge_rates()(bounded, damping)), bounded_out)
+        fall_back = (without_rates | jnp.any(state.replaced)) & (solution.status == CubicStatus.UNBOUNDED)
+        eta, found, out = lax.cond(fall_back, by_edge, lambda: (eta, found, out))
     found &= ~jnp.all(out) if out.size else True
     settled = jnp.zeros((), bool)
     if levelled:
@@ -588,7 +596,7 @@ def _refreshed(state, summary, damping, rates, share, own, levelled, lengths):
         eta=eta,
         damping=jnp.where(jnp.isfinite(damping), damping, state.damping),
         known=jnp.where(learnt, known, state.known),
-        replaced=replaced & (eta != 0),
+        replaced=replaced,
         status=status.astype(jnp.int32),
         refreshes=jnp.where(learnt & ~own, count, state.refreshes),
         rejected=state.rejected + (~accepted).astype(jnp.int32),
