@@ -1,4 +1,4 @@
-"""Summaries that aren't finite everywhere, and losses without a minimiser: training moves, and says what it replaced."""
+"""Summaries that aren't finite everywhere, losses without a minimiser: training moves, and says what it replaced."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ def quadratic_and_root(p):
 
 @pytest.mark.parametrize("a", [1.0, 1e-3], ids=["its length", "the others' steps"])
 def test_a_group_whose_curvature_is_not_finite_moves_by_a_share_of_the_least_length(a):
-    """Rates of a are 1/2; b, which is zero, goes as far as a's length or steps allow, whatever its direction's length."""
+    """b, which is zero, goes as far as a's length or steps allow, whatever the length of its direction."""
     params = {"a": jnp.full(3, a), "b": jnp.zeros(2)}
     for scale in (1.0, 2.0**10):
         direction = {"a": jnp.full(3, 1e-4), "b": jnp.array([scale, scale])}
@@ -177,7 +177,7 @@ def train(tx, loss, params, steps, value=None):
     ("make", "name"), [("optimizer", name) for name in LOSSES] + [("paper", "powers at 0"), ("paper", "absolute error")]
 )
 def test_training_moves_at_once_and_goes_on(make, name):
-    (params, state), (trained, moved, replaced, _, status) = train(MAKE[make](), LOSSES[name], start(), 60)
+    (params, state), (_, moved, _, _, status) = train(MAKE[make](), LOSSES[name], start(), 60)
     assert_finite((params, state))
     assert np.all(moved)
     measure = functools.partial(error, of=jnp.abs)
@@ -236,7 +236,7 @@ def test_a_late_summary_that_is_not_finite_in_one_group_changes_only_that_group(
     tx, params = gn.scale_by_grouped_newton(refresh_every=1), {"a": jnp.zeros(()), "b": jnp.zeros(())}
 
     def step(state, k):
-        updates, state = tx.update({"a": jnp.ones(()), "b": jnp.ones(())}, state, params, value_fn=lambda p: loss(p, k))
+        _, state = tx.update({"a": jnp.ones(()), "b": jnp.ones(())}, state, params, value_fn=lambda p: loss(p, k))
         return state, (state.eta, state.status, state.rejected)
 
     eta, status, rejected = jax.jit(lambda: lax.scan(step, tx.init(params), jnp.arange(4.0))[1])()
