@@ -70,14 +70,14 @@ def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraAr
             raise ValueError("average_params needs the current params: tx.update(updates, state, params)")
         w = 1 / (1 + fraction * state.averaged.astype(jnp.float32))
 
-        def mix(x, u, average):
+        def mix(average, x, u):
             if _is_masked(average) or not jnp.issubdtype(average.dtype, jnp.inexact):
                 return average
             wide = functools.partial(jnp.asarray, dtype=_groups.wider(jnp.result_type(x), jnp.result_type(u)))
             theta = (wide(x) + wide(u)).astype(jnp.result_type(x)).astype(average.dtype)
             return average + w.astype(average.dtype) * (theta - average)
 
-        average = jax.tree.map(mix, params, updates, state.average)
+        average = jax.tree.map(mix, state.average, params, updates, is_leaf=_is_masked)
         return updates, AverageParamsState(average, optax.safe_increment(state.averaged))
 
     return optax.GradientTransformationExtraArgs(init, update)

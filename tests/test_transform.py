@@ -1262,6 +1262,8 @@ def test_a_direction_that_is_no_transformation_is_refused(direction):
             TypeError,
             "must return a real floating-point number, got dtype complex64",
         ),
+        ({"value": (jnp.ones(()), {"aux": 1.0})}, TypeError, r"value must be the loss alone, .*drop auxiliary outputs"),
+        ({"value": jnp.ones(3)}, ValueError, r"value must be one real number, got an array of shape \(3,\)"),
         ({"params": None}, ValueError, r"update needs the current params: tx.update\(grads, state, params, value_fn"),
         ({"params": {"p": jnp.ones(3, complex)}}, TypeError, "parameter p has dtype complex64"),
         ({"params": {"p": jnp.arange(3)}}, TypeError, r"parameter p has dtype int32.*FROZEN"),
