@@ -44,12 +44,12 @@ class GroupedNewtonState(NamedTuple):
       start: root of the mean square of each group at ``init``, (S,).
       losses: mean and deviation of the steps' losses, where they are given, (2,).
       known: whether slope and curvature of each group have been finite, and whether its third
-        derivative has; others aren't in the averages, bool (2, S).
+        derivative has; the averages hold zeros of others, bool (2, S).
       replaced: the groups whose rate isn't the rule's, for want of finite numbers or of a minimiser, bool (S,).
       status: outcome of the last refresh, int32 (), names in ``CubicStatus``.
       refreshes: summaries in the average, int32 ().
-      rejected: refreshes that changed no rate, for want of finite numbers or of
-        a minimiser, int32 ().
+      rejected: refreshes without rates of the rule's, for want of finite numbers or of a
+        minimiser: those before stayed, or were replaced, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
       direction: where summaries are delayed, the last step's direction, like the params.
       origin: where summaries are delayed, the params where that step began.
