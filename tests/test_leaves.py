@@ -34,7 +34,7 @@ def loss_of(params):
 def test_frozen_leaves_may_be_of_any_kind_and_cost_nothing(make, kind):
     leaf, grad_of, update = KINDS[kind]
     leaf, labels = leaf(), {"w": 0, "x": FROZEN, "z": 1}
-    tx, plain = MAKE[make](labels), MAKE[make]({"w": 0, "z": 1})
+    tx, plain = MAKE[make](groups=labels), MAKE[make](groups={"w": 0, "z": 1})
     params = lambda w: {"w": w, "x": leaf, "z": w}
 
     is_array = isinstance(update, jax.Array)
@@ -86,7 +86,7 @@ def test_the_direction_sees_no_frozen_leaf():
 )
 def test_a_label_on_a_wrong_kind_is_refused_and_pointed_to_frozen(make, leaf, message):
     with pytest.raises(TypeError, match=message):
-        MAKE[make](gn.groups.per_tensor).init({"w": jnp.ones(4), "x": leaf()})
+        MAKE[make](groups=gn.groups.per_tensor).init({"w": jnp.ones(4), "x": leaf()})
 
 
 def test_a_whole_equinox_module_is_refused_unless_its_other_leaves_are_frozen():
