@@ -218,7 +218,7 @@ MODELS = {
 
 def unrolled(n, width=16, batch=4, max_groups=16):
     """n residual layers, written out."""
-    init = _Init(0)
+    init = _Init(0, float)
     params = {f"layer_{i}": {"w": init(width, width), "b": init(width, scale=0.1)} for i in range(n)}
     x = init(batch, width, fan_in=1)
 
@@ -233,21 +233,21 @@ def unrolled(n, width=16, batch=4, max_groups=16):
 
 def leaves(n):
     """n leaves, ten a module, none of which meets another before the sum."""
-    init = _Init(0)
+    init = _Init(0, float)
     params = {f"module_{i}": {f"leaf_{j}": init(8) for j in range(10)} for i in range(n // 10)}
     return Model(lambda p: sum(jnp.sum(jnp.tanh(x) ** 2) for x in jax.tree.leaves(p)), params, gn.groups.per_module)
 
 
 def raveled(n):
     """n leaves as one vector, one group."""
-    init = _Init(0)
+    init = _Init(0, float)
     params = {f"leaf_{i}": init(8) for i in range(n)}
     return Model(lambda p: jnp.sum(jnp.tanh(ravel_pytree(p)[0]) ** 2), params, gn.groups.single)
 
 
 def sines(n):
     """n steps of x + sin(3 x) / 20, written out."""
-    init = _Init(0)
+    init = _Init(0, float)
     params = {"x": init(4, 16), "gain": init(16)}
 
     def loss(params):

@@ -1,18 +1,21 @@
 """The average of the parameters over the latest part of training, to evaluate at."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from grouped_newton import groups as _groups
+
 
 class AverageParamsState(NamedTuple):
     """State of :func:`average_params`.
 
     Attributes:
-      average: averaged parameters, in at least float32; leaves that aren't
-        floating-point as they were at ``init``.
+      average: averaged parameters, in at least float32; integers as they were
+        at ``init``, nothing of leaves that aren't numbers.
       averaged: steps in the average, int32 ().
     """
 
@@ -59,9 +62,7 @@ def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraAr
         raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
 
     def init(params):
-        # A copy, so that params and state can both be donated.
-        average = jax.tree.map(lambda x: jnp.array(x, _dtype(x), copy=True), params)
-        return AverageParamsState(average, jnp.array(0, jnp.int32))
+        return AverageParamsState(jax.tree.map(_start, params), jnp.array(0, jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -70,12 +71,13 @@ def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraAr
         w = 1 / (1 + fraction * state.averaged.astype(jnp.float32))
 
         def mix(average, x, u):
-            if not jnp.issubdtype(average.dtype, jnp.inexact):
+            if _is_masked(average) or not jnp.issubdtype(average.dtype, jnp.inexact):
                 return average
-            theta = (x + u).astype(jnp.result_type(x)).astype(average.dtype)
+            wide = functools.partial(jnp.asarray, dtype=_groups.wider(jnp.result_type(x), jnp.result_type(u)))
+            theta = (wide(x) + wide(u)).astype(jnp.result_type(x)).astype(average.dtype)
             return average + w.astype(average.dtype) * (theta - average)
 
-        average = jax.tree.map(mix, state.average, params, updates)
+        average = jax.tree.map(mix, state.average, params, updates, is_leaf=_is_masked)
         return updates, AverageParamsState(average, optax.safe_increment(state.averaged))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -90,7 +92,8 @@ def eval_params(state: Any, params: Any) -> Any:
       params: the current parameters; those that aren't averaged are returned as they are.
 
     Returns:
-      The average, with the structure and dtypes of ``params``.
+      The average, with the structure and dtypes of ``params``; a copy, so that it outlives a step
+      that donates the state and may itself be donated.
 
     Raises:
       ValueError: if the state holds no average or several, or of other parameters.
@@ -102,6 +105,11 @@ def eval_params(state: Any, params: Any) -> Any:
       >>> eval_params(tx.init(params), params)["w"].tolist()
       [1.0, 1.0]
     """
+    return jax.tree.map(_copy, averaged(state, params))
+
+
+def averaged(state: Any, params: Any) -> Any:
+    """:func:`eval_params` without a copy."""
     is_state = lambda x: isinstance(x, AverageParamsState)
     found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
     if len(found) != 1:
@@ -109,16 +117,27 @@ def eval_params(state: Any, params: Any) -> Any:
             f"the state holds {len(found)} averages of the params and must hold one: give the state of an optimizer"
             " made with averaging, such as grouped_newton() or optax.chain(..., average_params())"
         )
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    average = jax.tree.leaves(found[0].average, is_leaf=is_masked)
+    average = jax.tree.leaves(found[0].average, is_leaf=_is_masked)
     leaves, treedef = jax.tree.flatten(params)
-    shapes = [None if is_masked(a) else jnp.shape(a) for a in average]
-    if len(average) != len(leaves) or any(s not in (None, jnp.shape(x)) for s, x in zip(shapes, leaves, strict=True)):
+    fits = lambda a, x: _is_masked(a) or jnp.shape(a) == jnp.shape(x)
+    if len(average) != len(leaves) or not all(map(fits, average, leaves)):
         raise ValueError("the average in the state is of other parameters than these; give those of the training step")
     pairs = zip(average, leaves, strict=True)
-    return treedef.unflatten([x if is_masked(a) else jnp.asarray(a).astype(jnp.result_type(x)) for a, x in pairs])
+    return treedef.unflatten([x if _is_masked(a) else jnp.asarray(a).astype(jnp.result_type(x)) for a, x in pairs])
 
 
-def _dtype(x):
-    dtype = jnp.result_type(x)
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+def _is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+
+def _copy(x):
+    return x.copy() if isinstance(x, jax.Array) else x
+
+
+def _start(x):
+    """A copy, so that params and state can both be donated; nothing of what isn't a number."""
+    dtype = _groups.dtype_of(x)
+    if not _groups.is_numeric(dtype):
+        return optax.MaskedNode()
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.array(x, _groups.wider(dtype, jnp.float32) if inexact else dtype, copy=True)

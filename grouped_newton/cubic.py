@@ -33,17 +33,20 @@ from jax import lax
 
 
 class CubicStatus(enum.IntEnum):
-    """What :func:`solve_cubic` found.
+    """What :func:`solve_cubic` found, and what a refresh of the transform did.
 
     ``SOLVED``: the minimiser, with M positive definite. ``HARD_CASE``: a minimiser
     with M singular; the sign along its null vector is free. ``UNBOUNDED``: there is
     no finite minimiser. ``NOT_FINITE``: the input has a NaN or an infinity.
+    ``PARTLY_FINITE``, of a refresh alone: a solution, with some numbers of the summary
+    replaced because they weren't finite, see :func:`scale_by_grouped_newton`.
     """
 
     SOLVED = 0
     HARD_CASE = 1
     UNBOUNDED = 2
     NOT_FINITE = 3
+    PARTLY_FINITE = 4
 
 
 class CubicSolution(NamedTuple):

@@ -56,6 +56,43 @@ class Partition(NamedTuple):
         """Numbers of the leaves of a group."""
         return tuple(i for i, g in enumerate(self.index) if g == group)
 
+    def index_in(self, tree: Any) -> tuple[int, ...]:
+        """The group of each leaf of a tree like the params, from which frozen leaves may be missing."""
+        moving = tuple(g for g in self.index if g >= 0)
+        count = len(jax.tree.leaves(tree))
+        for index in (self.index, moving):
+            if count == len(index):
+                return index
+        self.check(tree)
+        group_of = dict(zip(self.paths, self.index, strict=True))
+        return tuple(group_of[path] for path in path_names(tree))
+
+    def check(self, direction: Any) -> None:
+        """Raises a ValueError unless the direction has the leaves of the params, but for frozen ones."""
+        there = path_names(direction)
+        frozen = {path for path, g in zip(self.paths, self.index, strict=True) if g < 0}
+        kept = lambda paths: [path for path in paths if path not in frozen or path in there]
+        if kept(self.paths) == list(there):
+            return
+        odd = [path for path in (*self.paths, *there) if (path in self.paths) != (path in there)]
+        raise ValueError(
+            f"the direction has {len(there)} arrays and the params have {len(self.paths)};"
+            f" {f'only one of them has {odd[0]}' if odd else 'they come in another order'}. The direction must have the"
+            " structure of the params, as gradients do"
+        )
+
+    def leaves(self, tree: Any) -> list:
+        """The leaves of a tree like the params, one per parameter and None where it is frozen."""
+        moving = (x for x, g in zip(jax.tree.leaves(tree), self.index_in(tree), strict=True) if g >= 0)
+        return [None if g < 0 else next(moving) for g in self.index]
+
+    def map(self, fn: Callable, tree: Any, *others: Any) -> Any:
+        """``fn`` of the leaves that have a group; the frozen ones of the first tree as they are."""
+        leaves, treedef = jax.tree.flatten(tree)
+        moving = [iter([x for x in self.leaves(other) if x is not None]) for other in others]
+        new = [x if g < 0 else fn(x, *map(next, moving)) for x, g in zip(leaves, self.index_in(tree), strict=True)]
+        return treedef.unflatten(new)
+
     def sums(self, values: Sequence[jax.Array], dtype: Any) -> jax.Array:
         """Adds one number per leaf up over each group: shape (S,)."""
         totals = [jnp.zeros((), dtype) for _ in self.names]
@@ -65,7 +102,7 @@ class Partition(NamedTuple):
         return jnp.stack(totals) if totals else jnp.zeros((0,), dtype)
 
     def scale(self, factors: jax.Array, tree: Any) -> Any:
-        """Multiplies each leaf by its group's factor, and a frozen one by zero.
+        """Multiplies each leaf by its group's factor; a frozen one becomes zero.
 
         The product is taken in the wider of the two dtypes and returned in the
         leaf's own.
@@ -73,11 +110,13 @@ class Partition(NamedTuple):
 
         def scaled(g, leaf):
             if g < 0:
-                return jnp.zeros_like(leaf)
-            return (factors[g] * leaf).astype(jnp.result_type(leaf))
+                return still(leaf)
+            dtype = jnp.result_type(leaf)
+            wide = wider(dtype, factors.dtype)
+            return (factors[g].astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
 
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten([scaled(g, x) for g, x in zip(self.index, leaves, strict=True)])
+        return treedef.unflatten([scaled(g, x) for g, x in zip(self.index_in(tree), leaves, strict=True)])
 
 
 def resolve(groups: Grouping, params: Any) -> Partition:
@@ -404,17 +443,49 @@ def _labels_of_leaves(label_tree, params):
     return labels
 
 
+def wider(a: Any, b: Any) -> Any:
+    """The wider of two inexact dtypes, float32 for two halves; under strict promotion too."""
+    a, b = jnp.dtype(a), jnp.dtype(b)
+    if not jnp.issubdtype(a, jnp.inexact) or not jnp.issubdtype(b, jnp.inexact):
+        return b if jnp.issubdtype(b, jnp.inexact) else a
+    if a == b or a.itemsize != b.itemsize:
+        return a if a.itemsize >= b.itemsize else b
+    return jnp.dtype(jnp.float32)
+
+
+def still(leaf: Any) -> Any:
+    """The update of a frozen leaf: zero where that is a number, else what came."""
+    dtype = dtype_of(leaf)
+    if dtype == jax.dtypes.float0:
+        return jnp.zeros(jnp.shape(leaf), jnp.int32)
+    return jnp.zeros_like(leaf) if is_numeric(dtype) else leaf
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array or number, None for anything else."""
+    if hasattr(leaf, "dtype"):
+        return leaf.dtype
+    return jnp.result_type(leaf) if isinstance(leaf, numbers.Number) else None
+
+
+def is_numeric(dtype: Any) -> bool:
+    """Whether there is arithmetic in a dtype."""
+    return dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+
+
 def _check_real(path, leaf):
-    if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+    dtype = dtype_of(leaf)
+    if dtype is None:
         raise TypeError(
             f"parameter {_show(path)} is {reprlib.repr(leaf)}, which is not an array; label it groups.FROZEN or keep"
-            " it out of the params"
+            " it out of the params, as eqx.filter(model, eqx.is_inexact_array) does with an Equinox module"
         )
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.floating):
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16:
         return
     if jnp.issubdtype(dtype, jnp.complexfloating):
         fix = "hold its real and imaginary parts as two real arrays, or label it groups.FROZEN"
+    elif jnp.issubdtype(dtype, jnp.floating):
+        fix = "hold it in at least 16 bits and cast it in the loss, or label it groups.FROZEN"
     else:
         fix = "label it groups.FROZEN or keep it out of the params"
     raise TypeError(f"parameter {_show(path)} has dtype {dtype}, and a group needs real floating-point leaves; {fix}")

@@ -23,7 +23,8 @@ def observe(losses: jax.Array, value: Any, count: jax.Array) -> tuple[jax.Array,
     value = jnp.asarray(value).astype(losses.dtype)
     top = jnp.finfo(losses.dtype).max * 2.0**-40  # sums of a few stay finite
     limit = jnp.minimum(mean + FAR * deviation, top)
-    spike = (count >= _SETTLED) & ~((value <= limit) & jnp.isfinite(value))
+    # Losses that were all the same, or none of them finite, tell nothing of deviations.
+    spike = (count >= _SETTLED) & (deviation > 0) & ~((value <= limit) & jnp.isfinite(value))
     value = jnp.where(jnp.isfinite(value), jnp.clip(value, -top, top), mean)
     value = jnp.where(spike, limit, value)
     t = count.astype(losses.dtype)

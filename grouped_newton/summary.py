@@ -12,6 +12,7 @@ the forward pass, nothing upstream of group s is differentiated. third_s is thre
 jvps, nested, along u_s alone. Nothing of S x P numbers is ever formed.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ def summarize(
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
     moving = [i for i, g in enumerate(partition.index) if g >= 0]
     restricted = lambda values: loss_of_leaves(replaced(theta, moving, values))
-    with naming_rules(lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])):
+    traced = lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])
+    with jax.numpy_dtype_promotion("standard"), naming_rules(traced):  # strict rules let half precision meet nothing
         if method == "nested":
             local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
         else:
@@ -226,20 +228,13 @@ def inner(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
 def summary_dtype(params: Any, partition: _groups.Partition) -> np.dtype:
     """The widest dtype of the parameters that have a group, at least float32."""
     leaves = zip(jax.tree.leaves(params), partition.index, strict=True)
-    return jnp.result_type(jnp.float32, *(jnp.result_type(x) for x, g in leaves if g >= 0))
+    return functools.reduce(_groups.wider, (jnp.result_type(x) for x, g in leaves if g >= 0), np.dtype(np.float32))
 
 
 def matching_leaves(direction: Any, params: Any, partition: _groups.Partition) -> list:
-    """The leaves of the direction, checked against the params and cast to their dtypes; frozen ones as they are."""
-    theta, u = jax.tree.leaves(params), jax.tree.leaves(direction)
-    here, there = partition.paths, _groups.path_names(direction)
-    if here != there:
-        odd = [path for path in (*here, *there) if (path in here) != (path in there)]
-        raise ValueError(
-            f"the direction has {len(u)} arrays and the params have {len(theta)};"
-            f" {f'only one of them has {odd[0]}' if odd else 'they come in another order'}. The direction must have the"
-            " structure of the params, as gradients do"
-        )
+    """The leaves of the direction, checked against the params and cast to their dtypes; None for frozen ones."""
+    partition.check(direction)
+    theta, u = jax.tree.leaves(params), partition.leaves(direction)
     matched = []
     for path, g, p, d in zip(partition.paths, partition.index, theta, u, strict=True):
         if g >= 0 and jnp.shape(p) != jnp.shape(d):
@@ -258,16 +253,20 @@ def matching_leaves(direction: Any, params: Any, partition: _groups.Partition) -
 
 def real_scalar(value: Any, dtype: Any) -> jax.Array:
     """The value of the loss in at least ``dtype``, or an error that says what came instead."""
+    value = one_number("value_fn must return", value, "value_fn=lambda params: loss_fn(params)[0]")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"value_fn must return a real floating-point number, got dtype {value.dtype}")
+    return value.astype(_groups.wider(value.dtype, dtype))
+
+
+def one_number(whose: str, value: Any, fix: str) -> jax.Array:
+    """The value as an array, or an error that says what is wrong with it and how to drop auxiliary outputs."""
     if not jax.tree_util.all_leaves([value]):
         raise TypeError(
-            f"value_fn must return the loss alone, one real number, got {jax.tree.structure(value)};"
-            " drop auxiliary outputs, as in value_fn=lambda params: loss_fn(params)[0]"
+            f"{whose} the loss alone, one real number, got {jax.tree.structure(value)}; drop auxiliary outputs, as in"
+            f" {fix}"
         )
     value = jnp.asarray(value)
     if value.shape != ():
-        raise ValueError(
-            f"value_fn must return one real number, got an array of shape {value.shape}; take its mean or sum"
-        )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"value_fn must return a real floating-point number, got dtype {value.dtype}")
-    return value.astype(jnp.promote_types(value.dtype, dtype))
+        raise ValueError(f"{whose} one real number, got an array of shape {value.shape}; take its mean or sum")
+    return value

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from grouped_newton import annealing, placement, spikes
+from grouped_newton import annealing, placement, spikes, stand_ins
 from grouped_newton import groups as _groups
 from grouped_newton import memory as _memory
 from grouped_newton import rates as _rates
-from grouped_newton.averaging import average_params, eval_params
+from grouped_newton.averaging import average_params, averaged
 from grouped_newton.convolutions import caller
 from grouped_newton.cubic import CubicStatus, all_finite, total
-from grouped_newton.summary import check_options, summarize, summary_dtype
+from grouped_newton.summary import check_options, one_number, summarize, summary_dtype
 
 _LEAST_CAUTION = 2.0**-10
 
@@ -44,10 +44,13 @@ class GroupedNewtonState(NamedTuple):
         where no average is given, (2,).
       start: root of the mean square of each group at ``init``, (S,).
       losses: mean and deviation of the steps' losses, where they are given, (2,).
+      known: whether slope and curvature of each group have been finite, and whether its third
+        derivative has; the averages hold zeros of others, bool (2, S).
+      replaced: the groups whose rate isn't the rule's, for want of finite numbers or of a minimiser, bool (S,).
       status: outcome of the last refresh, int32 (), names in ``CubicStatus``.
       refreshes: summaries in the average, int32 ().
-      rejected: refreshes that changed no rate, for want of finite numbers or of
-        a minimiser, int32 ().
+      rejected: refreshes without rates of the rule's, for want of finite numbers or of a
+        minimiser: those before stayed, or were replaced, int32 ().
       uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
       direction: where summaries are delayed, the last step's direction, like the params.
       origin: where summaries are delayed, the params where that step began.
@@ -68,6 +71,8 @@ class GroupedNewtonState(NamedTuple):
     progress: jax.Array
     start: jax.Array
     losses: jax.Array
+    known: jax.Array
+    replaced: jax.Array
     status: jax.Array
     refreshes: jax.Array
     rejected: jax.Array
@@ -108,11 +113,17 @@ def scale_by_grouped_newton(
     summary of all, which has no step before it, is of the first direction itself, and the second
     takes its place.
 
-    When a refresh finds no minimiser or a number that isn't finite, the last
-    rates stay. Before there are any, the edge rule steps in for a rule without
-    minimiser, and if that has none either the step is zero and the next one
-    refreshes again; so it does while all rates are zero. Numbers of the direction
-    that aren't finite make no step; at a refresh they leave the rates as they were.
+    *Without a minimiser, or without finite numbers.* A refresh without minimiser leaves the rates as they
+    are; before there are any, the edge rule steps in. A loss that isn't finite, or no finite slope and
+    curvature at all, leaves them too, and the next step refreshes. Of other summaries what is finite is
+    used: a group whose slope or curvature isn't, stays as the average has it, and a third derivative that
+    never was is taken as that with which the curvature changes by itself along the group's own Newton
+    step. A group about which nothing has ever been finite, or that nothing bounds while there are no other
+    rates, moves by 1/128 of its own length, and in the root of the mean square no further than the others
+    do; a group of zeros as the least of the others, or, if all are zero, by 1/1024. ``replaced`` in the state
+    names these groups and ``status`` is ``PARTLY_FINITE`` where something was replaced. So the first
+    step moves already, whatever the loss is, unless the direction is zero, not finite, or leads uphill.
+    Numbers of the direction that aren't finite make no step. While all rates are zero every step refreshes.
 
     ``update`` takes ``params`` and ``value_fn``, a function from params to one real number. Extra
     arguments named in its signature are passed to it, others are ignored. Close over the batch
@@ -201,6 +212,8 @@ def scale_by_grouped_newton(
             progress=jnp.zeros(2, dtype),
             start=_root_mean_squares(partition, params, dtype),
             losses=jnp.zeros(2, dtype),
+            known=jnp.zeros((2, partition.num_groups), bool),
+            replaced=jnp.zeros(partition.num_groups, bool),
             status=integer(CubicStatus.SOLVED),
             refreshes=integer(0),
             rejected=integer(0),
@@ -218,10 +231,18 @@ def scale_by_grouped_newton(
                 " these params; call init with the params and grouping that are used in update"
             )
         loss_fn = _with_arguments(value_fn, extra_args)
-        value = extra_args.get("value") if adaptive else None
+        value = extra_args.get("value")
         if value is not None:
-            losses, spike = spikes.observe(state.losses, placement.mean(value, axis_name), state.count)
-            state = state._replace(losses=losses)
+            value = one_number("value must be", value, "tx.update(..., value=value[0])")
+        if not adaptive:
+            value = None
+        if value is not None:
+            value = placement.mean(value, axis_name)
+            losses, spike = spikes.observe(state.losses, value, state.count)
+            # After ten in a row that aren't finite they tell nothing, and gradients may be fine.
+            mute = spike & ~jnp.isfinite(value) & (state.caution <= _LEAST_CAUTION)
+            spike &= ~mute
+            state = state._replace(losses=jnp.where(mute, 0, losses))
 
         def refresh(state):
             call = caller(lambda: loss_fn(params))
@@ -232,18 +253,24 @@ def scale_by_grouped_newton(
                 u = _either(partition, first, updates, state.direction)
                 theta = _either(partition, first, params, state.origin)
             summary = _settled(call(lambda: summarize(loss_fn, theta, u, _grouping(groups, params), **options)))
-            if averaged_params is not None:
-                halfway = jax.tree.map(_between, averaged_params, params)
+            levelled = averaged_params is not None
+            if levelled:
+                halfway = _halfway(partition, averaged_params, params)
                 progress = annealing.measure(loss_at(averaged_params), loss_at(halfway), loss_at(params))
                 progress = annealing.remember(state.progress, progress, state.refreshes + 1)
                 state = state._replace(progress=progress)
-            levelled = averaged_params is not None
-            state = _refreshed(state, summary, damping_at(state), rates, summary_memory, first & delayed, levelled)
-            state = _settled(state)
+            lengths = [_root_mean_squares(partition, x, state.eta.dtype, axis_name) for x in (theta, u)]
+            state = state._replace(direction=None, origin=None)
+            state, summary = _settled(
+                _refreshed(state, summary, damping_at(state), rates, summary_memory, first & delayed, levelled, lengths)
+            )
             if levelled:
-                now, of_direction = (_root_mean_squares(partition, x, state.eta.dtype, axis_name) for x in (theta, u))
-                state = _settled(state._replace(eta=annealing.trusted(state.eta, now, state.start, of_direction)))
-            again = state.status == CubicStatus.NOT_FINITE
+                eta = annealing.trusted(state.eta, lengths[0], state.start, lengths[1])
+                state = state._replace(eta=_settled(eta))
+            later = jnp.asarray(refresh_after(state.count), jnp.int32)
+            # Without any rate of the rule's, seldom, so that a loss that gives none isn't slow for ever.
+            soon = jnp.where(_all_replaced(state), state.count // 10, 0)
+            again = (state.status == CubicStatus.NOT_FINITE) | _all_replaced(state)
             if adaptive:
                 moved = _moved(partition, theta, partition.scale(used(state.eta), u))
                 error = _rates.model_error(summary, used(state.eta), loss_at(moved))
@@ -256,9 +283,8 @@ def scale_by_grouped_newton(
                     damping=adaptive.update(state.damping, error).astype(state.eta.dtype),
                     model_error=jnp.where(error.reliable, error.quotient, 0),
                 )
-            later = jnp.asarray(refresh_after(state.count), jnp.int32)
             return state._replace(
-                next_refresh=jnp.where(again, state.count + 1, later),
+                next_refresh=jnp.where(again, jnp.minimum(later, state.count + 1 + soon), later),
                 last_refresh=state.count,
                 caution=jnp.minimum(2 * state.caution, 1),
             )
@@ -273,7 +299,8 @@ def scale_by_grouped_newton(
             )
         if delayed:
             copies = _kept(partition, updates, _zero_nonfinite, params), _kept(partition, params, jnp.copy)
-        scaled = jax.tree.map(_zero_nonfinite, partition.scale(arrays.caution * used(arrays.eta), updates))
+        scaled = partition.scale(arrays.caution * used(arrays.eta), updates)
+        scaled = partition.map(_zero_nonfinite, scaled)
         count = optax.safe_increment(state.count)
         return scaled, arrays._replace(count=count, direction=copies[0], origin=copies[1])
 
@@ -387,26 +414,44 @@ def grouped_newton(
             axis_name=axis_name,
         ),
         optax.scale_by_learning_rate(learning_rate),
+        *([] if averaging is None else [average_params(averaging)]),
     ]
-    if averaging is None:
-        return optax.chain(*transforms)
-    average = optax.masked(average_params(averaging), lambda params: _in_a_group(groups, params))
-    chained = optax.chain(*transforms, average)
+    direction, scaling, *others = map(optax.with_extra_args_support, transforms)
+    after = optax.chain(*others)
+
+    def init(params):
+        moving = _moving(_resolve(groups, params), params)
+        return (direction.init(moving), scaling.init(params), *after.init(moving))
 
     def update(updates, state, params=None, **extra_args):
-        if params is not None:
-            extra_args = {"averaged_params": eval_params(state[-1], params), **extra_args}
-        return chained.update(updates, state, params, **extra_args)
+        _check_update_arguments(params, extra_args.get("value_fn"))
+        partition = _resolve(groups, params)
+        moving = _moving(partition, params)
+        u, first = direction.update(_moving(partition, updates, params), state[0], moving, **extra_args)
+        if averaging is not None:
+            extra_args = {"averaged_params": averaged(state[-1], params), **extra_args}
+        u, second = scaling.update(u, state[1], params, **extra_args)
+        u, rest = after.update(u, state[2:], moving, **extra_args)
+        return _put_back(partition, u, updates), (first, second, *rest)
 
-    return optax.GradientTransformationExtraArgs(chained.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _put_back(partition, moved, updates):
+    """The updates that ``moved`` has, in the structure of ``updates``, whose frozen leaves stand still."""
+    new = iter(jax.tree.leaves(moved))
+    leaves, treedef = jax.tree.flatten(updates)
+    pairs = zip(leaves, partition.index_in(updates), strict=True)
+    return treedef.unflatten([_groups.still(x) if g < 0 else next(new) for x, g in pairs])
 
 
 def _in_float32(direction):
     """A direction whose state is in at least float32: in half precision Adam's squares stand still or are zero."""
-    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(_groups.wider(x.dtype, jnp.float32)), tree)
 
     def update(updates, state, params=None):
-        u, state = direction.update(wide(updates), state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Adam's counter is an integer exponent
+            u, state = direction.update(wide(updates), state, params)
         return optax.tree.cast_like(u, updates), state
 
     return optax.GradientTransformation(lambda params: direction.init(wide(params)), update)
@@ -424,51 +469,48 @@ def _of_fine_numbers(direction):
 
 
 def _without_bad_numbers(x):
-    if jnp.result_type(x) == jax.dtypes.float0:
-        return jnp.zeros(jnp.shape(x), jnp.int32)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    largest = jnp.finfo(x.dtype).max ** 0.5  # an adaptive direction keeps squares
+    largest = float(jnp.finfo(x.dtype).max) ** 0.5  # an adaptive direction keeps squares
     return jnp.where(jnp.abs(x) <= largest, x, jnp.zeros_like(x))
 
 
-def _in_a_group(groups, params):
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([g >= 0 for g in _resolve(groups, params).index]) if leaves else params
-
-
 def _moved(partition, params, steps):
-    """``params - steps``; leaves without a group may be of a kind that can't be subtracted."""
-    theta, treedef = jax.tree.flatten(params)
+    """``params - steps``."""
 
     def minus(x, step):
         dtype = jnp.result_type(x)
-        x, info = (x - step).astype(dtype), jnp.finfo(dtype)
+        x, info = (_wide(x, step) - _wide(step, x)).astype(dtype), jnp.finfo(dtype)
         # XLA may leave half precision unrounded inside the loss; the real step is rounded.
         return lax.reduce_precision(x, info.nexp, info.nmant) if info.bits < 32 else x
 
-    pairs = zip(theta, jax.tree.leaves(steps), partition.index, strict=True)
-    return treedef.unflatten([x if g < 0 else minus(x, step) for x, step, g in pairs])
+    return partition.map(minus, params, steps)
 
 
 def _kept(partition, tree, make, like=None):
     """``make`` of every leaf with a group, of the type of ``like``; nothing of the others."""
-    leaves, treedef = jax.tree.flatten(tree)
-    kinds = leaves if like is None else jax.tree.leaves(like)
 
-    def kept(x, kind, g):
-        if g < 0:
-            return optax.MaskedNode()
+    def kept(x, kind):
         kind = jax.typeof(kind)
         return placement.laid_out(jnp.array(make(x), kind.dtype), kind)  # not weakly typed
 
-    return treedef.unflatten([kept(x, k, g) for x, k, g in zip(leaves, kinds, partition.index, strict=True)])
+    pairs = partition.map(lambda kind, x: kept(x, kind), tree if like is None else like, tree)
+    return _moving(partition, pairs)
+
+
+def _moving(partition, tree, like=None):
+    """The tree without the frozen leaves; where some are missing already, in the structure of ``like``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if len(leaves) != len(partition.index):
+        leaves, treedef = partition.leaves(tree), jax.tree.structure(like)
+    pairs = zip(leaves, partition.index, strict=True)
+    return treedef.unflatten([optax.MaskedNode() if g < 0 else x for x, g in pairs])
 
 
 def _root_mean_squares(partition, tree, dtype, axis_name=None):
     """Of the numbers of each group, (S,)."""
-    leaves = [None if g < 0 else x for x, g in zip(jax.tree.leaves(tree), partition.index, strict=True)]
+    leaves = partition.leaves(tree)
     squares = partition.sums([x if x is None else jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves], dtype)
     sizes = partition.sums([x if x is None else jnp.asarray(jnp.size(x), dtype) for x in leaves], dtype)
     return jnp.sqrt(placement.mean(squares, axis_name) / jnp.maximum(sizes, 1))
@@ -476,18 +518,20 @@ def _root_mean_squares(partition, tree, dtype, axis_name=None):
 
 def _either(partition, condition, tree, kept):
     """``tree`` where the condition is true, and what was kept of it elsewhere."""
-    leaves, treedef = jax.tree.flatten(tree)
-    others = iter(jax.tree.leaves(kept))
 
     def choose(x, y):
         return jnp.where(condition, placement.laid_out(jnp.asarray(x).astype(y.dtype), jax.typeof(y)), y)
 
-    pairs = zip(leaves, partition.index, strict=True)
-    return treedef.unflatten([x if g < 0 else choose(x, next(others)) for x, g in pairs])
+    return partition.map(choose, tree, kept)
 
 
-def _between(a, b):
-    return (a + (b - a) / 2).astype(jnp.result_type(b)) if jnp.issubdtype(jnp.result_type(b), jnp.floating) else b
+def _halfway(partition, a, b):
+    return partition.map(lambda b, a: (_wide(a, b) + (_wide(b, a) - _wide(a, b)) / 2).astype(jnp.result_type(b)), b, a)
+
+
+def _wide(x, other):
+    """``x`` in the wider of both dtypes, without a promotion that strict rules refuse."""
+    return jnp.asarray(x, _groups.wider(jnp.result_type(x), jnp.result_type(other)))
 
 
 def _zero_nonfinite(x):
@@ -495,46 +539,74 @@ def _zero_nonfinite(x):
     return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-def _refreshed(state, summary, damping, rates, share, own, levelled):
-    """The state after a summary, if its numbers are fine; with counters that say so if not.
+def _refreshed(state, summary, damping, rates, share, own, levelled, lengths):
+    """The state after a summary, with counters that say what was found; and the summary without gaps.
 
     A summary of the direction's own batch is used, and forgotten at the next. Where rates are ``levelled``, only the
-    first are the rule's.
+    first are the rule's. ``lengths`` are those of params and direction, of which rates are made that no rule gives.
     """
     dtype = state.eta.dtype
     damping = jnp.asarray(damping).astype(dtype)
     before = _memory.Memory(*(getattr(state, name) for name in _memory.Memory._fields))
     summary = jax.tree.map(lambda x, old: x.astype(old.dtype), summary, before.average)
-    finite = all_finite(*summary, damping)
-    learnt = finite & ~(_all_zero(summary.gbar) & _all_zero(jnp.diag(summary.hbar)))  # a zero direction tells nothing
+    fine, slope = stand_ins.fine_groups(summary), summary.gbar
+    usable = all_finite(summary.loss, damping) & (jnp.any(fine) if fine.size else True)
+    whole = usable & all_finite(*summary)
+    before, summary, known = stand_ins.complete(before, state.known, summary)
+    own_part = lambda x: jnp.where(fine, x, 0)
+    zero = _all_zero(own_part(summary.gbar)) & _all_zero(own_part(jnp.diag(summary.hbar)))
+    learnt = usable & ~zero  # a zero direction tells nothing
+    choose = lambda new, old: jax.tree.map(lambda x, y: jnp.where(learnt, x, y), new, old)
     count = state.refreshes + 1
     memory = _memory.remember(before, summary, count, share, state.eta)
-    memory = _settled(jax.tree.map(lambda new, old: jnp.where(learnt, new, old), memory, before))
-    average = memory.average
+    memory = _settled(choose(memory, _memory.Memory(*(getattr(state, name) for name in _memory.Memory._fields))))
 
-    solution = _settled(rates(average, damping))
+    average, out = stand_ins.for_the_rule(memory.average, jnp.where(usable, known, state.known))
+    without_rates = _all_zero(state.eta) | _all_replaced(state)
+    unbounded = stand_ins.unbounded(average, damping) & (without_rates | jnp.any(state.replaced))
+    bounded, bounded_out = _settled((stand_ins.without(average, unbounded), out | unbounded))
     outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
-    eta, found = outcome(solution)
-    if not isinstance(rates, _rates.EdgeRates):
-        fall_back = _all_zero(state.eta) & (solution.status == CubicStatus.UNBOUNDED)
-        edge = lambda: outcome(_rates.edge_rates()(average, damping))
-        eta, found = lax.cond(fall_back, edge, lambda: (eta, found))
+    if isinstance(rates, _rates.EdgeRates):
+        solution, out = _settled(rates(bounded, damping)), bounded_out
+        eta, found = outcome(solution)
+        solution = solution._replace(
+            status=jnp.where(found & jnp.any(unbounded), CubicStatus.UNBOUNDED, solution.status)
+        )
+    else:
+        solution = _settled(rates(average, damping))
+        eta, found = outcome(solution)
+        by_edge = lambda: (*outcome(_rates.edge_rates()(bounded, damping)), bounded_out)
+        fall_back = (without_rates | jnp.any(state.replaced)) & (solution.status == CubicStatus.UNBOUNDED)
+        eta, found, out = lax.cond(fall_back, by_edge, lambda: (eta, found, out))
+    found &= ~jnp.all(out) if out.size else True
+    settled = jnp.zeros((), bool)
     if levelled:
         steps = state.count - state.last_refresh
-        growth = annealing.growth(average, state.eta, state.progress, steps, state.count)
+        growth = annealing.growth(memory.average, state.eta, state.progress, steps, state.count)
         settled = (state.count >= annealing.START) & (state.progress[1] > 0) & ~_all_zero(state.eta)
-        eta, found = jnp.where(settled, growth * state.eta, eta), found | settled
-    accepted = finite & found & all_finite(eta)
-    status = jnp.where(finite, solution.status, CubicStatus.NOT_FINITE)
-    return state._replace(
-        eta=jnp.where(accepted, eta, state.eta),
+        by_rule = jnp.where(found & ~out, eta, 0)
+        level, still_out = stand_ins.revived(state.eta, state.replaced, by_rule, average.gbar)
+        eta, found = jnp.where(settled, growth * level, eta), found | settled
+        out = jnp.where(settled, still_out, out)
+    accepted = usable & found & all_finite(eta)
+    replaced = jnp.where(accepted, out, state.replaced | without_rates)
+    eta = jnp.where(accepted, eta, state.eta)
+    stood_in = stand_ins.rates(eta, replaced, slope, lengths[0], state.start, lengths[1])
+    eta = jnp.where((accepted & ~settled) | (~accepted & without_rates), stood_in, eta)
+    partly = (solution.status < CubicStatus.UNBOUNDED) & (~whole | jnp.any(out))
+    status = jnp.where(usable, jnp.where(partly, CubicStatus.PARTLY_FINITE, solution.status), CubicStatus.NOT_FINITE)
+    state = state._replace(
+        eta=eta,
         damping=jnp.where(jnp.isfinite(damping), damping, state.damping),
+        known=jnp.where(learnt, known, state.known),
+        replaced=replaced,
         status=status.astype(jnp.int32),
         refreshes=jnp.where(learnt & ~own, count, state.refreshes),
-        rejected=state.rejected + ~accepted,
-        uphill=state.uphill + (finite & (total(summary.gbar) < 0)),
+        rejected=state.rejected + (~accepted).astype(jnp.int32),
+        uphill=state.uphill + (usable & (total(own_part(summary.gbar)) < 0)).astype(jnp.int32),
         **memory._asdict(),
     )
+    return state, summary
 
 
 def _settled(numbers):
@@ -547,6 +619,11 @@ def _settled(numbers):
 
 def _all_zero(x):
     return total(jnp.abs(x)) == 0
+
+
+def _all_replaced(state):
+    """Whether there are rates, and none is the rule's."""
+    return ~_all_zero(state.eta) & _all_zero(jnp.where(state.replaced, 0, state.eta))
 
 
 def _resolve(groups, params):

@@ -11,7 +11,7 @@ from oracles import certify_cubic, cubic_model, definiteness_without_cubic, mini
 from grouped_newton import CubicStatus, solve_cubic
 from grouped_newton.cubic import folded, solve_decoupled
 
-SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE = CubicStatus
+SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE, _ = CubicStatus
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
 INSTANCES = {1: 100, 2: 100, 3: 100, 6: 100, 42: 6, 256: 1}  # S: of each case
 ROUNDING = 16  # in units of S eps: what M, and whether H is definite on ker D, are known to

@@ -22,7 +22,7 @@ from grouped_newton import (
 )
 from grouped_newton.rates import model_error
 
-SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE = CubicStatus
+SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE, _ = CubicStatus
 S, N = 4, 300
 FACTOR = 1.5
 

@@ -15,7 +15,7 @@ from jax import lax
 from models import regression_batches, tanh_loss, tanh_params
 
 import grouped_newton as gn
-from grouped_newton import annealing, memory, spikes
+from grouped_newton import annealing, memory, spikes, stand_ins
 from grouped_newton.groups import FROZEN
 from grouped_newton.rates import model_error
 
@@ -455,9 +455,10 @@ def test_before_there_are_rates_the_edge_rule_steps_in():
     np.testing.assert_array_equal(state.status, gn.CubicStatus.UNBOUNDED)
 
 
-def test_without_any_rates_the_step_is_zero_and_the_next_one_refreshes():
+def test_without_any_rates_the_step_is_short_and_the_next_one_refreshes():
     updates, state = run_polynomial(5, refresh_every=4, h=[-1.0, -1.0, 2.0, 4.0, 4.0])
-    np.testing.assert_allclose(updates, [0, 0, 0.5, 0.5, 0.25], rtol=8 * EPS)
+    np.testing.assert_allclose(updates, [stand_ins.FIRST, stand_ins.FIRST, 0.5, 0.5, 0.25], rtol=8 * EPS)
+    np.testing.assert_array_equal(state.replaced[:, 0], [True, True, False, False, False])
     np.testing.assert_array_equal(state.rejected, [1, 2, 2, 2, 2])
     np.testing.assert_array_equal(state.refreshes, [1, 2, 3, 3, 4])
 
@@ -470,7 +471,7 @@ def test_numbers_that_are_not_finite_are_kept_out_of_rates_and_average(column, b
     columns[column][0] = columns[column][2] = bad
     updates, state = run_polynomial(5, refresh_every=1, share=0.5, **columns)
     eta = 2 * (math.sqrt(5) - 2)  # of h eta + |t| eta^2 / 2 = g
-    np.testing.assert_allclose(updates, [0, eta, eta, eta, eta], rtol=32 * EPS)
+    np.testing.assert_allclose(updates, [stand_ins.FIRST, eta, eta, eta, eta], rtol=32 * EPS)
     np.testing.assert_array_equal(state.rejected, [1, 1, 2, 2, 2])
     np.testing.assert_array_equal(state.refreshes, [0, 1, 1, 2, 3])
     not_finite, solved = gn.CubicStatus.NOT_FINITE, gn.CubicStatus.SOLVED
@@ -1261,6 +1262,8 @@ def test_a_direction_that_is_no_transformation_is_refused(direction):
             TypeError,
             "must return a real floating-point number, got dtype complex64",
         ),
+        ({"value": (jnp.ones(()), {"aux": 1.0})}, TypeError, r"value must be the loss alone, .*drop auxiliary outputs"),
+        ({"value": jnp.ones(3)}, ValueError, r"value must be one real number, got an array of shape \(3,\)"),
         ({"params": None}, ValueError, r"update needs the current params: tx.update\(grads, state, params, value_fn"),
         ({"params": {"p": jnp.ones(3, complex)}}, TypeError, "parameter p has dtype complex64"),
         ({"params": {"p": jnp.arange(3)}}, TypeError, r"parameter p has dtype int32.*FROZEN"),
