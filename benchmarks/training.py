@@ -534,8 +534,8 @@ def draw_picture(results: Results, path: Path | str) -> None:
     import matplotlib.pyplot as plt
 
     workloads = [w for w in results.workloads if results.chosen(w, REFERENCE, 1)]
-    shown = [w for w in workloads if w in REPORTING] or workloads
-    shown = [shown[i] for i in sorted({round(x) for x in np.linspace(0, len(shown) - 1, 4)})]
+    compared = [w for w in workloads if w in REPORTING] or workloads
+    shown = [compared[i] for i in sorted({round(x) for x in np.linspace(0, len(compared) - 1, 4)})]
     mosaic = [["a", "b", "profile"], ["c", "d", "profile"]]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(12, 5.6), width_ratios=[1, 1, 1.4], layout="constrained")
     styles = {name: {"color": f"C{i}", "linewidth": 1.3} for i, name in enumerate(results.optimizers)}
@@ -544,7 +544,7 @@ def draw_picture(results: Results, path: Path | str) -> None:
         _draw_curves(axes[key], results, workload, styles)
     for key in "abcd"[len(shown) :]:
         axes[key].remove()
-    _draw_profile(axes["profile"], results, workloads, styles)
+    _draw_profile(axes["profile"], results, compared, styles)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
