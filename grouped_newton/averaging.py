@@ -131,7 +131,11 @@ def _is_masked(x):
 
 
 def _copy(x):
-    return x.copy() if isinstance(x, jax.Array) else x
+    if not isinstance(x, jax.Array):
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # a known key has no copy inside a trace
+        return jax.random.wrap_key_data(jax.random.key_data(x).copy(), impl=jax.random.key_impl(x))
+    return x.copy()
 
 
 def _start(x):
