@@ -292,7 +292,7 @@ def test_a_constant_schedule_equals_the_constant(option):
     if option in INJECTED:
         make = optax.inject_hyperparams(make, static_args=(*STATIC, "internal_damping"))
     # A number means the steps that it divides, a schedule counts from the last refresh: the same without extra ones.
-    fixed = {"internal_damping": 1.0} if option == "refresh_every" else {}
+    fixed = {"internal_damping": 1.0, "groups": gn.groups.per_tensor} if option == "refresh_every" else {}
     pair = gn.grouped_newton(**fixed, **{option: value}), make(**fixed, **{option: lambda step: jnp.asarray(value)})
     by_number, by_schedule = (jax.jit(lambda p, tx=tx: descent(tx, p, tx.init(p), ROSENBROCK, 8))(START) for tx in pair)
     assert_close(by_schedule[0], by_number[0])
