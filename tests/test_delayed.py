@@ -465,7 +465,7 @@ def test_a_direction_laid_out_otherwise_than_the_params_is_kept_as_they_are():
 def test_the_optimizer_delays_by_default_and_the_transform_does_not():
     """The optimizer's directions are those of Adam alone; with losses given, an average and a moving damping."""
     params, batches = models.tanh_params(), models.regression_batches(14)
-    tx = gn.grouped_newton(summary_memory=0.0)
+    tx = gn.grouped_newton(groups=gn.groups.per_module, summary_memory=0.0)
     adam = optax.scale_by_adam(b1=0.9, b2=0.99)
     trained, grads, states = jax.jit(functools.partial(train, tx, models.tanh_loss))(params, batches)
     directions = lax.scan(lambda s, g: adam.update(g, s)[::-1], adam.init(params), grads)[1]
