@@ -436,10 +436,10 @@ def test_a_refresh_in_data_parallel_sends_no_parameters():
 
     sweep = collectives(compiled_in_data_parallel(summary_of(dense_loss)))
     print(f"P = {P_SIZE}, S = {S}: gradient {gradient}, sweep {sweep}, nested {len(nested)}")
-    # The sums so far, once or twice a layer, and the slopes.
+    # The terms of a few layers and the slopes, however they are put together.
     assert {kind for kind, _ in sweep} == {"all-reduce"}
     assert len(sweep) <= 2 * len(WIDTHS)
-    assert all(size <= 2 * SUMMARY_SIZE for _, size in sweep)
+    assert sum(size for _, size in sweep) <= 3 * SUMMARY_SIZE
 
 
 @pytest.mark.parametrize("loss", [dense_loss, in_half], ids=["float32", "bfloat16"])
