@@ -2,6 +2,8 @@ import os
 
 # Small factorisations stall when many threads of several workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of the tests' time is XLA's: half of it without the expensive passes. 0 compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
