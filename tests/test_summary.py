@@ -525,7 +525,9 @@ def test_nothing_upstream_of_a_group_is_differentiated():
 
     jax.make_jaxpr(lambda p: summarize(probed, p, p, per_module))(params)
     assert calls[0] > 0
-    assert [calls[i] for i in range(layers)] == [calls[0] * (i + 1) for i in range(layers)]
+    at_the_door = 1  # a look for custom rules
+    each = calls[0] - at_the_door
+    assert [calls[i] for i in range(layers)] == [each * (i + 1) + at_the_door for i in range(layers)]
 
 
 # Errors

@@ -1105,7 +1105,7 @@ def test_value_fn_may_be_a_partial_a_jitted_function_or_a_bound_method():
 def test_the_optimizer_equals_the_chain_made_by_hand():
     """Its defaults are the recipe; updates are equal to the bit."""
     transform = gn.scale_by_grouped_newton(
-        gn.groups.per_module,
+        gn.groups.single,
         internal_damping=gn.adaptive_damping(),
         refresh_every=gn.growing_period(10),
         rates=gn.edge_rates(1.8),
@@ -1147,7 +1147,8 @@ def test_the_optimizer_hands_every_argument_on():
     params, batches = tanh_params(), regression_batches(6)
     run = lambda tx: jax.jit(functools.partial(train, tx, tanh_loss))(params, batches)
     trained, state, updates = run(tx)
-    assert_equal((trained, state, updates), run(by_hand))
+    expected = run(by_hand)  # but for the direction's state, which has nothing of frozen leaves
+    assert_equal((trained, state[1:], updates), (expected[0], expected[1][1:], expected[2]))
     # And the schedule is one of the step, a factor on all rates.
     velocity, rate = state[0].trace["out"]["b"], state[1].eta[:, 0]
     factor = jnp.array([schedule(k) for k in range(6)])
