@@ -479,6 +479,7 @@ def test_refs_are_refused(name):
 
 
 @pytest.mark.skipif(new_ref is None, reason="this jax has no refs")
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax.grad itself fails")
 def test_refs_of_what_does_not_depend_on_params_are_let_be():
     def loss(p):
         ref = new_ref(jnp.zeros(3))
