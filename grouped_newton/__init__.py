@@ -6,9 +6,11 @@ See ``grouped_newton`` for the optimizer and ``summarize`` for the derivatives.
 from grouped_newton import groups
 from grouped_newton.averaging import AverageParamsState, average_params, eval_params
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
-from grouped_newton.rates import AdaptiveDamping, ModelError, adaptive_damping, cubic_rates, edge_rates, growing_period
-from grouped_newton.summary import Summary, summarize
-from grouped_newton.transform import GroupedNewtonState, grouped_newton, scale_by_grouped_newton
+from grouped_newton.damping import AdaptiveDamping, ModelError, adaptive_damping
+from grouped_newton.derivatives.summary import Summary, summarize
+from grouped_newton.optimizer import grouped_newton
+from grouped_newton.rates import cubic_rates, edge_rates, growing_period
+from grouped_newton.transform import GroupedNewtonState, scale_by_grouped_newton
 
 __version__ = "0.1.0"
 

@@ -28,8 +28,8 @@ and goes as far as it likes.
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.cubic import all_finite, total
-from grouped_newton.summary import Summary
+from grouped_newton.derivatives.summary import Summary
+from grouped_newton.numerics import all_finite, total
 
 RHO = 0.1
 GAIN = 2.0

@@ -31,6 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grouped_newton.numerics import all_finite, exponent, float_layout, folded, ldexp, norm
+
 
 class CubicStatus(enum.IntEnum):
     """What :func:`solve_cubic` found, and what a refresh of the transform did.
@@ -194,17 +196,17 @@ def _exponents(dtype):
 
 def _scaled(g, H, d, j):
     """T H T, T 2^j d and 2^-q T g with T = diag(2^-e), all of unit size at mu = 4^j; and e, q."""
-    h_exponent = jnp.where(jnp.diag(H) == 0, _NOTHING, -(-_exponent(jnp.diag(H)) // 2))
-    d_exponent = jnp.where(d == 0, _NOTHING, _exponent(d) + j)
+    h_exponent = jnp.where(jnp.diag(H) == 0, _NOTHING, -(-exponent(jnp.diag(H)) // 2))
+    d_exponent = jnp.where(d == 0, _NOTHING, exponent(d) + j)
     e = jnp.maximum(h_exponent, d_exponent)
     e = jnp.where(e == _NOTHING, 0, e)
     q = _largest_exponent(g, -e)
-    return _ldexp(H, -e[:, None] - e[None, :]), _ldexp(d, j - e), _ldexp(g, -e - q), e, q
+    return ldexp(H, -e[:, None] - e[None, :]), ldexp(d, j - e), ldexp(g, -e - q), e, q
 
 
 def _largest_exponent(x, shift):
     """The largest exponent of the entries of x 2^shift, 0 if all are zero."""
-    k = jnp.max(jnp.where(x == 0, _NOTHING, _exponent(x) + shift))
+    k = jnp.max(jnp.where(x == 0, _NOTHING, exponent(x) + shift))
     return jnp.where(k == _NOTHING, 0, k)
 
 
@@ -212,14 +214,14 @@ def _smallest_exponent(g, H, d, kappa):
     """The least j where M(4^j) is positive definite and kappa ||D eta(4^j)|| <= 4^j; one more than the last if none."""
     S, eps = g.size, jnp.finfo(g.dtype).eps
     first, last = _exponents(g.dtype)
-    k = _exponent(kappa)
+    k = exponent(kappa)
 
     def at_or_above_root(j):
         H_j, d_j, g_j, _, q = _scaled(g, H, d, j)
         L = lax.linalg.cholesky(H_j + jnp.diag(d_j * d_j), symmetrize_input=False)
         x = _solve_transposed(L, _solve(L, g_j))
         definite = jnp.all(jnp.diag(L) ** 2 > S * eps)  # False for a NaN
-        return definite & (_ldexp(_ldexp(kappa, -k) * norm(d_j * x), k + q - 3 * j) <= 1)
+        return definite & (ldexp(ldexp(kappa, -k) * norm(d_j * x), k + q - 3 * j) <= 1)
 
     def halve(_, bracket):
         low, high = bracket
@@ -251,9 +253,9 @@ def _solve_in_bracket(g, H, d, kappa, j):
 
     # With beta = kappa sigma^(-3/2) 2^q and w = beta sqrt(gamma) c, the root of || w / (p + xi gamma) || = a + xi.
     # w is at most of unit size; beta alone may be far out of range and is kept as fraction * 2^b.
-    fraction, b = _ldexp(kappa, -_exponent(kappa)) * 2**-1.5, _exponent(kappa) + q - 3 * j
+    fraction, b = ldexp(kappa, -exponent(kappa)) * 2**-1.5, exponent(kappa) + q - 3 * j
     root_gamma = jnp.sqrt(gamma)
-    w = _ldexp(fraction * root_gamma * c, b)
+    w = ldexp(fraction * root_gamma * c, b)
     xi, below = _bisect(lambda xi: norm(w / (p + xi * gamma)) > a + xi, g.dtype, 1.0)
     hard = indefinite & below
 
@@ -268,7 +270,7 @@ def _solve_in_bracket(g, H, d, kappa, j):
     y_far = jnp.where(near_pole, 0, c / jnp.where(near_pole, 1, denominator))
 
     back = lambda y: _solve_transposed(L, _dot(Q, y))
-    return _ldexp(back(y_far), q - e) + _ldexp(back(y_near) / fraction, q - b - e), hard
+    return ldexp(back(y_far), q - e) + ldexp(back(y_near) / fraction, q - b - e), hard
 
 
 def _refined(eta, g, H, d, kappa, j):
@@ -276,12 +278,12 @@ def _refined(eta, g, H, d, kappa, j):
     # In x = T^-1 2^-k eta, of unit size, and with mu in units of 4^j.
     H_j, d_j, g_j, e, q = _scaled(g, H, d, j)
     k = _largest_exponent(eta, e)
-    x, g_k = _ldexp(eta, e - k), _ldexp(g_j, q - k)
+    x, g_k = ldexp(eta, e - k), ldexp(g_j, q - k)
 
     def step(state):
         n, best, allowed, x, _ = state
         Dx, r = d_j * x, norm(d_j * x)
-        mu = _ldexp(_ldexp(kappa, -_exponent(kappa)) * r, _exponent(kappa) + k - 3 * j)
+        mu = ldexp(ldexp(kappa, -exponent(kappa)) * r, exponent(kappa) + k - 3 * j)
         D2, u = mu * d_j * d_j, d_j * Dx / jnp.where(r > 0, r, 1)
         error = _dot(H_j, x) + D2 * x - g_k
         terms = _dot(jnp.abs(H_j), jnp.abs(x)) + D2 * jnp.abs(x) + jnp.abs(g_k)
@@ -292,12 +294,12 @@ def _refined(eta, g, H, d, kappa, j):
 
     all_allowed = jnp.full((), 2, x.dtype)  # no error is more than the sum of its terms
     unfinished = lambda state: (state[0] < 8) & state[-1]
-    return _ldexp(lax.while_loop(unfinished, step, (0, x, all_allowed, x, True))[1], k - e)
+    return ldexp(lax.while_loop(unfinished, step, (0, x, all_allowed, x, True))[1], k - e)
 
 
 def _bisect(is_below_root, dtype, largest):
     """The largest float in (0, largest) below the root, by bisecting its bits; and whether the root is below all."""
-    info, bits_type = _float_layout(dtype)
+    info, bits_type = float_layout(dtype)
     to_bits = lambda x: lax.bitcast_convert_type(jnp.asarray(x, dtype), bits_type)
     to_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
     low, high = to_bits(info.tiny), to_bits(largest)
@@ -324,61 +326,3 @@ def _solve(L, x):
 def _solve_transposed(L, x):
     """L^-T x."""
     return jax.scipy.linalg.solve_triangular(L, x, lower=True, trans=1)
-
-
-def norm(x):
-    """||x|| without overflow or underflow of the squares."""
-    # By a power of two: a quotient of quotients is compiled into one with a product below, which may underflow.
-    k = _exponent(folded(jnp.maximum, jnp.abs(x), 0))
-    return _ldexp(jnp.sqrt(total(_ldexp(x, -k) ** 2)), k)
-
-
-def folded(op, x, identity):
-    """``identity`` and all numbers of x by ``op``, by halving: for the short arrays of the groups.
-
-    On the CPU XLA pays about half a microsecond for each reduction in a program at every call, executed or not. Slices
-    and elementwise operations are fused and cost nothing.
-    """
-    x = jnp.ravel(x)
-    missing = (1 << max(x.size - 1, 0).bit_length()) - x.size
-    x = jnp.concatenate([x, jnp.full(missing, identity, x.dtype)])
-    while x.size > 1:
-        x = op(x[: x.size // 2], x[x.size // 2 :])
-    return lax.optimization_barrier(op(x.reshape(()), jnp.asarray(identity, x.dtype)))
-
-
-def total(x):
-    """The sum of x."""
-    return folded(jnp.add, x, 0)
-
-
-def all_finite(*arrays):
-    """Whether every number is finite; 0 x is NaN where x isn't."""
-    return total(jnp.concatenate([0 * jnp.ravel(x) for x in arrays])) == 0
-
-
-def _float_layout(dtype):
-    info = jnp.finfo(dtype)
-    bits_type = jnp.int32 if info.bits == 32 else jnp.int64
-    return info, bits_type
-
-
-def _exponent(x):
-    """The k with 2^(k-1) <= |x| < 2^k, as in frexp; least for zero and subnormal numbers."""
-    info, bits_type = _float_layout(x.dtype)
-    bits = lax.bitcast_convert_type(jnp.abs(x), bits_type)
-    return (bits >> info.nmant).astype(jnp.int32) + info.minexp
-
-
-def _ldexp(x, k):
-    """x 2^k, exact in the normal range; beyond it 0 or infinity."""
-    info, bits_type = _float_layout(x.dtype)
-
-    def power(k):
-        return lax.bitcast_convert_type((k - (info.minexp - 1)).astype(bits_type) << info.nmant, x.dtype)
-
-    k = jnp.asarray(k)
-    for _ in range(3):
-        part = jnp.clip(k, info.minexp, info.maxexp - 1)
-        x, k = x * power(part), k - part
-    return x

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.cubic import total
-from grouped_newton.summary import Summary
+from grouped_newton.derivatives.summary import Summary
+from grouped_newton.numerics import total
 
 LEAST = 10.0  # summaries that an average over a share of them has at least
 _RECENT = 0.2

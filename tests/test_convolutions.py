@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import grouped_newton as gn
-from grouped_newton.convolutions import canonical
+from grouped_newton.derivatives.rewrites import canonical
 
 CONVOLUTIONS = {
     "channels last": ((4, 9, 8, 3), (3, 2, 3, 5), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME"}),

@@ -9,7 +9,8 @@ from jax import lax
 from oracles import certify_cubic, cubic_model, definiteness_without_cubic, minimise_cubic
 
 from grouped_newton import CubicStatus, solve_cubic
-from grouped_newton.cubic import folded, solve_decoupled
+from grouped_newton.cubic import solve_decoupled
+from grouped_newton.numerics import folded
 
 SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE, _ = CubicStatus
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"

@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import grouped_newton as gn
+from grouped_newton.derivatives.summary import Summary
 from grouped_newton.memory import LEAST, Memory, empty, remember
-from grouped_newton.summary import Summary
 
 RECENT = 0.2
 SHARES = [0.0, 0.1, 0.3, 1.0]

@@ -12,7 +12,7 @@ from checks import assert_finite, only_grouped_newton
 from jax import lax
 
 import grouped_newton as gn
-from grouped_newton import memory, stand_ins
+from grouped_newton import fallbacks, memory
 from grouped_newton.groups import FROZEN
 
 EPS = 2.0**-23
@@ -49,7 +49,7 @@ def test_a_group_whose_curvature_is_not_finite_moves_by_a_share_of_the_least_len
     for scale in (1.0, 2.0**10):
         direction = {"a": jnp.full(3, 1e-4), "b": jnp.array([scale, scale])}
         updates, state = first_step(quadratic_and_root, params, direction)
-        own, steps = a * stand_ins.SHARE, 1e-4 * state.eta[0]
+        own, steps = a * fallbacks.SHARE, 1e-4 * state.eta[0]
         np.testing.assert_allclose(updates["b"], min(own, float(steps)), rtol=16 * EPS)
         np.testing.assert_array_equal(state.replaced, [False, True])
         assert (state.status, state.rejected, state.refreshes) == (PARTLY, 0, 1)
@@ -83,10 +83,10 @@ def test_rates_are_equivariant_whatever_is_not_finite():
         kept, known, eta = memory.empty(S, jnp.float32), jnp.zeros((2, S), bool), jnp.zeros(S)
         etas = []
         for k, new in enumerate(summaries):
-            before, new_filled, known = stand_ins.complete(kept, known, new)
+            before, new_filled, known = fallbacks.complete(kept, known, new)
             kept = memory.remember(before, new_filled, jnp.int32(k + 1), 0.5, eta)
-            average, out = stand_ins.for_the_rule(kept.average, known)
-            eta = stand_ins.rates(gn.edge_rates()(average, 1.0).eta, out, new.gbar, params, start, direction)
+            average, out = fallbacks.for_the_rule(kept.average, known)
+            eta = fallbacks.rates(gn.edge_rates()(average, 1.0).eta, out, new.gbar, params, start, direction)
             etas.append(eta)
         return jnp.stack(etas)
 
@@ -110,7 +110,7 @@ def test_what_was_never_finite_is_not_in_the_averages_and_the_first_finite_one_s
     seen = [(nan, 3.0, 1.0), (1.0, nan, 1.0), (4.0, 8.0, nan), (8.0, 8.0, -6.0), (nan, 8.0, 6.0), (4.0, 16.0, 6.0)]
     averages, knowns = [], []
     for k, numbers in enumerate(seen):
-        before, new, known = stand_ins.complete(kept, known, summary(*numbers))
+        before, new, known = fallbacks.complete(kept, known, summary(*numbers))
         kept = memory.remember(before, new, jnp.int32(k + 1), 0.5, jnp.zeros(S))
         assert_finite(kept)
         averages.append([kept.gbar[1], kept.hbar[1, 1], kept.hbar[0, 1], kept.third[1]])
@@ -125,10 +125,10 @@ def test_what_was_never_finite_is_not_in_the_averages_and_the_first_finite_one_s
 def test_a_group_without_rate_gets_the_rules_once_there_is_one_at_the_level_of_the_others():
     eta, rule = jnp.array([0.5, 0.0, 0.25, 0.0]), jnp.array([2.0, 4.0, 8.0, 0.0])
     out = jnp.array([False, False, True, True])
-    new, still_out = stand_ins.revived(eta, out, rule, jnp.ones(4))
+    new, still_out = fallbacks.revived(eta, out, rule, jnp.ones(4))
     np.testing.assert_allclose(new, [0.5, 1.0, 2.0, 0.0])
     np.testing.assert_array_equal(still_out, [False, False, False, True])
-    np.testing.assert_array_equal(stand_ins.revived(eta, out, 0 * rule, jnp.ones(4))[0], eta)
+    np.testing.assert_array_equal(fallbacks.revived(eta, out, 0 * rule, jnp.ones(4))[0], eta)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -251,4 +251,4 @@ def test_frozen_leaves_are_no_length():
     updates, _ = first_step(
         lambda p: jnp.sum(p["a"]), params, {"a": jnp.ones(2), "frozen": jnp.ones(3)}, {"a": 0, "frozen": FROZEN}
     )
-    np.testing.assert_allclose(updates["a"], stand_ins.FIRST, rtol=8 * EPS)
+    np.testing.assert_allclose(updates["a"], fallbacks.FIRST, rtol=8 * EPS)

@@ -10,8 +10,8 @@ from checks import assert_close
 from jax.flatten_util import ravel_pytree
 
 import grouped_newton as gn
-from grouped_newton import program, sweep
-from grouped_newton.rewrites import equations
+from grouped_newton.derivatives import passes, program
+from grouped_newton.derivatives.jaxprs import equations
 
 
 def layers(n, activation=jnp.tanh, residual=False):
@@ -70,7 +70,7 @@ def calls_of(monkeypatch, module, name):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(
-    ("module", "name"), [(program, "_sorted"), (sweep, "_bilinear"), (sweep, "_unary"), (sweep, "_derivative")]
+    ("module", "name"), [(program, "_sorted"), (passes, "bilinear"), (passes, "unary"), (passes, "_derivative")]
 )
 def test_equal_layers_are_analysed_and_traced_once(monkeypatch, module, name, residual):
     found = []

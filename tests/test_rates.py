@@ -20,7 +20,7 @@ from grouped_newton import (
     scale_by_grouped_newton,
     solve_cubic,
 )
-from grouped_newton.rates import model_error
+from grouped_newton.damping import model_error
 
 SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE, _ = CubicStatus
 S, N = 4, 300

@@ -15,9 +15,9 @@ from jax import lax
 from models import regression_batches, tanh_loss, tanh_params
 
 import grouped_newton as gn
-from grouped_newton import annealing, memory, spikes, stand_ins
+from grouped_newton import annealing, fallbacks, memory, spikes
+from grouped_newton.damping import model_error
 from grouped_newton.groups import FROZEN
-from grouped_newton.rates import model_error
 
 EPS = 2.0**-23
 
@@ -457,7 +457,7 @@ def test_before_there_are_rates_the_edge_rule_steps_in():
 
 def test_without_any_rates_the_step_is_short_and_the_next_one_refreshes():
     updates, state = run_polynomial(5, refresh_every=4, h=[-1.0, -1.0, 2.0, 4.0, 4.0])
-    np.testing.assert_allclose(updates, [stand_ins.FIRST, stand_ins.FIRST, 0.5, 0.5, 0.25], rtol=8 * EPS)
+    np.testing.assert_allclose(updates, [fallbacks.FIRST, fallbacks.FIRST, 0.5, 0.5, 0.25], rtol=8 * EPS)
     np.testing.assert_array_equal(state.replaced[:, 0], [True, True, False, False, False])
     np.testing.assert_array_equal(state.rejected, [1, 2, 2, 2, 2])
     np.testing.assert_array_equal(state.refreshes, [1, 2, 3, 3, 4])
@@ -471,7 +471,7 @@ def test_numbers_that_are_not_finite_are_kept_out_of_rates_and_average(column, b
     columns[column][0] = columns[column][2] = bad
     updates, state = run_polynomial(5, refresh_every=1, share=0.5, **columns)
     eta = 2 * (math.sqrt(5) - 2)  # of h eta + |t| eta^2 / 2 = g
-    np.testing.assert_allclose(updates, [stand_ins.FIRST, eta, eta, eta, eta], rtol=32 * EPS)
+    np.testing.assert_allclose(updates, [fallbacks.FIRST, eta, eta, eta, eta], rtol=32 * EPS)
     np.testing.assert_array_equal(state.rejected, [1, 1, 2, 2, 2])
     np.testing.assert_array_equal(state.refreshes, [0, 1, 1, 2, 3])
     not_finite, solved = gn.CubicStatus.NOT_FINITE, gn.CubicStatus.SOLVED

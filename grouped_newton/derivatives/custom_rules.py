@@ -1,4 +1,4 @@
-"""Jaxprs, read and evaluated by the equation; and custom rules for reverse mode in a form that forward mode follows.
+"""Custom rules for reverse mode in a form that forward mode follows.
 
 A ``custom_vjp`` has a function z = f(x) and a rule, which is what the user trains with: (z, r) = fwd(x), and the
 cotangent of x is bwd(r, ct), linear in ct. Its derivatives here are those of the rule. The jvp that a rule implies is
@@ -18,20 +18,26 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from grouped_newton import placement
-
-JAXPRS = (jex.Jaxpr, jex.ClosedJaxpr)
-REMAT = {"remat", "remat2", "checkpoint"}
-CUSTOM_JVP, CUSTOM_VJP = {"custom_jvp_call"}, {"custom_vjp_call", "custom_vjp_call_jaxpr"}
-CALLS = {"jit", "pjit", "closed_call", *REMAT}
-# How JAX spells these where they are classes instead of primitives, as with the flags jax_custom_vjp3 and jax_remat3.
-_SPELLINGS = {"RematTraced": "remat", "CustomJVPTraced": "custom_jvp_call", "CustomVJPTraced": "custom_vjp_call"}
-
-
-# --- Custom rules -----------------------------------------------------------------------------------------------------
+from grouped_newton import sharding
+from grouped_newton.derivatives.jaxprs import (
+    CALLS,
+    CUSTOM_JVP,
+    CUSTOM_VJP,
+    REMAT,
+    bodies,
+    body,
+    equations,
+    evaluate,
+    holds,
+    is_float,
+    is_jaxpr,
+    kind,
+    live_equations,
+    read,
+    replaced,
+)
 
 
 def by_rule(closed: Any) -> Any:
@@ -79,7 +85,7 @@ def _transposed(f, at, along):
     z, pull = jax.vjp(f, *at)
     # For a linear map any cotangent will do. One that is linear only near zero, as clipping is, has a derivative next
     # to it; at zero itself a norm has none.
-    small = [placement.zeros(jax.typeof(x)) + float(jnp.finfo(x.dtype).tiny) ** 0.25 for x in z]
+    small = [sharding.zeros(jax.typeof(x)) + float(jnp.finfo(x.dtype).tiny) ** 0.25 for x in z]
     return z, jax.vjp(pull, small)[1](along)[0]
 
 
@@ -154,129 +160,6 @@ def _evaluated(eqn, jaxpr, values, deep):
         p = eqn.params
         specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
         return jax.shard_map(inside, **specs, axis_names=p["newly_manual_axes"], check_vma=p["check_vma"])(*values)
-    held = {k: p for k, p in eqn.params.items() if any(map(_is_jaxpr, jax.tree.leaves(p, is_leaf=_is_jaxpr)))}
-    rewritten = jax.tree.map(lambda x: _opened(x, deep) if _is_jaxpr(x) else x, held, is_leaf=_is_jaxpr)
+    held = {k: p for k, p in eqn.params.items() if any(map(is_jaxpr, jax.tree.leaves(p, is_leaf=is_jaxpr)))}
+    rewritten = jax.tree.map(lambda x: _opened(x, deep) if is_jaxpr(x) else x, held, is_leaf=is_jaxpr)
     return evaluate(eqn.replace(params=eqn.params | rewritten), jaxpr, values)
-
-
-# --- Jaxprs -----------------------------------------------------------------------------------------------------------
-
-
-def kind(eqn):
-    """The name of the equation's primitive, in one spelling."""
-    return _SPELLINGS.get(type(eqn.params.get("_prim")).__name__, eqn.primitive.name)
-
-
-def body(eqn):
-    """The function that a call or a custom rule wraps; None where there is none."""
-    return next(iter(bodies(eqn)), None)
-
-
-def bodies(eqn):
-    """The jaxprs that an equation holds."""
-    prim = eqn.params.get("_prim")
-    params = eqn.params if prim is None else [*prim.params.values(), getattr(prim.params.get("traced"), "jaxpr", None)]
-    return [x for x in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of those in it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in bodies(eqn):
-            yield from equations(inner)
-
-
-def holds(jaxpr, names):
-    return any(kind(eqn) in names for eqn in equations(jaxpr))
-
-
-def _is_jaxpr(x):
-    return isinstance(x, JAXPRS)
-
-
-def uses_refs(eqn):
-    """Whether an equation, or one that it holds, has a mutable array among its operands and results."""
-    if kind(eqn) == "pallas_call":  # a kernel's own
-        return False
-    variables = (v for e in (eqn, *(e for b in bodies(eqn) for e in equations(b))) for v in (*e.invars, *e.outvars))
-    return any("Ref" in type(v.aval).__name__ for v in variables)
-
-
-def evaluate(eqn, jaxpr, values):
-    """The outputs of one equation, by a jaxpr that has no other."""
-    names = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
-    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
-    return function_of(jaxpr, [eqn], names, eqn.outvars)(*(given[v] for v in names))
-
-
-def function_of(jaxpr, eqns, invars, outvars):
-    part = jaxpr.replace(
-        constvars=[],
-        invars=list(invars),
-        outvars=list(outvars),
-        eqns=list(eqns),
-        debug_info=_debug_info(jaxpr, invars, outvars),
-    )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))
-
-
-def _debug_info(jaxpr, invars, outvars):
-    info = jaxpr.debug_info
-    return info._replace(arg_names=("",) * len(invars), result_paths=("",) * len(outvars))
-
-
-def likeness(eqns: Sequence, invars: Sequence, outvars: Sequence) -> Any:
-    """What equations have in common with others that are the same function; None where that can't be told."""
-    number = {v: k for k, v in enumerate(invars)}
-    parts = []
-    for eqn in eqns:
-        if eqn.effects or bodies(eqn):
-            return None
-        operands = [_literal(v) if isinstance(v, jex.Literal) else number[v] for v in eqn.invars]
-        for v in eqn.outvars:
-            number.setdefault(v, len(number))
-        params = tuple(sorted(eqn.params.items()))
-        parts.append((eqn.primitive, params, eqn.ctx, tuple(operands), tuple(v.aval for v in eqn.outvars)))
-    key = tuple(parts), tuple(v.aval for v in invars), tuple(number[v] for v in outvars)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _literal(v):
-    value = np.asarray(v.val)
-    return v.aval, value.dtype, value.tobytes()
-
-
-def live_equations(jaxpr, given=()):
-    """Those that an output needs, and those with effects, where some variables are given."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}.difference(given)
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(v in needed for v in eqn.outvars):
-            kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal) and v not in given)
-    return kept[::-1]
-
-
-def read(env, v):
-    return v.val if isinstance(v, jex.Literal) else env[v]
-
-
-def variable(v):
-    """None for a literal, which no table of variables holds."""
-    return None if isinstance(v, jex.Literal) else v
-
-
-def is_float(aval):
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def replaced(values, where, by):
-    values = list(values)
-    for i, x in zip(where, by, strict=True):
-        values[i] = x
-    return values

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.cubic import folded, norm, total
+from grouped_newton.derivatives.summary import Summary
 from grouped_newton.memory import Memory
-from grouped_newton.summary import Summary
+from grouped_newton.numerics import folded, norm, total
 
 SHARE = 2.0**-7
 FIRST = 2.0**-10

@@ -1,15 +1,10 @@
-"""The summary of the loss along a direction, and its definition by nested ``jax.jvp``.
+"""The summary of the loss along a direction.
 
-  theta       params, a pytree of P numbers; u the direction, alike; u_s: u on group s, zero elsewhere
-  phi(eta)  = L(theta - sum_s eta_s u_s), a function of S numbers
-  gbar_s    = <grad L, u>_s            = - d phi / d eta_s              (S,)
-  hbar_st   = u_s^T (hess L) u_t       =   d2 phi / d eta_s d eta_t     (S, S)
-  third_s   = (D^3 L)[u_s, u_s, u_s]   = - d3 phi / d eta_s^3           (S,)
-
-Row s of hbar, from its diagonal on, is one jvp along u_s of the gradient with
-respect to the groups s, s+1, ... only: where the order of groups follows that of
-the forward pass, nothing upstream of group s is differentiated. third_s is three
-jvps, nested, along u_s alone. Nothing of S x P numbers is ever formed.
+theta       params, a pytree of P numbers; u the direction, alike; u_s: u on group s, zero elsewhere
+phi(eta)  = L(theta - sum_s eta_s u_s), a function of S numbers
+gbar_s    = <grad L, u>_s            = - d phi / d eta_s              (S,)
+hbar_st   = u_s^T (hess L) u_t       =   d2 phi / d eta_s d eta_t     (S, S)
+third_s   = (D^3 L)[u_s, u_s, u_s]   = - d3 phi / d eta_s^3           (S,)
 """
 
 import functools
@@ -23,9 +18,11 @@ import numpy as np
 from jax import lax
 
 from grouped_newton import groups as _groups
-from grouped_newton import placement
-from grouped_newton.rewrites import in_forward_mode, naming_rules, replaced
-from grouped_newton.sweep import sweep
+from grouped_newton import sharding
+from grouped_newton.derivatives.custom_rules import naming_rules
+from grouped_newton.derivatives.jaxprs import replaced
+from grouped_newton.derivatives.nested import nested
+from grouped_newton.derivatives.sweep import sweep
 
 METHODS = ("sweep", "nested")
 
@@ -115,14 +112,14 @@ def summarize(
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
     check_options(method, order, max_stack)
-    names, axes = placement.names_of(axis_name), placement.tracked_axes()
+    names, axes = sharding.names_of(axis_name), sharding.tracked_axes()
     partition = _groups.resolve(groups, params)
     dtype = summary_dtype(params, partition)
     theta, treedef = jax.tree.flatten(params)
     # Every device differentiates along its own copy: along a common one, adjoints would be added up over the devices.
-    theta = [x if g < 0 else placement.vary(jnp.asarray(x), axes) for x, g in zip(theta, partition.index, strict=True)]
+    theta = [x if g < 0 else sharding.vary(jnp.asarray(x), axes) for x, g in zip(theta, partition.index, strict=True)]
     u = [
-        d if g < 0 else placement.vary(placement.laid_out(d, jax.typeof(x)), axes)
+        d if g < 0 else sharding.vary(sharding.laid_out(d, jax.typeof(x)), axes)
         for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
     ]
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
@@ -131,7 +128,7 @@ def summarize(
     traced = lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])
     with jax.numpy_dtype_promotion("standard"), naming_rules(traced):  # strict rules let half precision meet nothing
         if method == "nested":
-            local = _nested(loss_of_leaves, theta, u, partition, dtype, order)
+            local = Summary(*nested(loss_of_leaves, theta, u, partition, dtype, order))
         else:
             num_groups = partition.num_groups
             local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
@@ -141,54 +138,14 @@ def summarize(
 def _over_devices(local, names, axes):
     """The summary of the mean of the losses on all devices along the axes ``names``, by one all-reduce."""
     # A loss that doesn't vary over an axis is one function of what is on all its devices, and theirs are its parts.
-    shared = [a for a in axes if a not in placement.varying_axes(jax.typeof(local.loss))]
+    shared = [a for a in axes if a not in sharding.varying_axes(jax.typeof(local.loss))]
     over = tuple(dict.fromkeys((*names, *shared)))
     if not over:
         return local
-    leaves = [placement.in_parts(x, axes) for x in local]
+    leaves = [sharding.in_parts(x, axes) for x in local]
     mean = lax.pmean(jnp.concatenate([x.ravel() for x in leaves]), over) * math.prod(map(lax.axis_size, shared))
     bounds = np.cumsum([x.size for x in leaves])[:-1]
     return Summary(*(part.reshape(x.shape) for part, x in zip(jnp.split(mean, bounds), leaves, strict=True)))
-
-
-def _nested(loss, theta, u, partition, dtype, order):
-    """The definition; ``loss`` is a function of the list of leaves."""
-
-    def restricted_to(leaves, loss):
-        """The loss as a function of some leaves alone, and where it is taken."""
-        return lambda values: loss(replaced(theta, leaves, values)), [theta[i] for i in leaves]
-
-    moving = [i for i, g in enumerate(partition.index) if g >= 0]
-    by_rule = in_forward_mode(*restricted_to(moving, loss))
-    smooth = loss if by_rule is None else lambda leaves: by_rule([leaves[i] for i in moving])
-
-    def inner_by_group(leaves, values):
-        """<v, u>_t for every group t, of a v that is zero outside ``leaves``."""
-        products = [jnp.zeros((), dtype)] * len(theta)
-        for i, v in zip(leaves, values, strict=True):
-            products[i] = inner(v, u[i], dtype)
-        return partition.sums(products, dtype)
-
-    value, gbar, rows, third = None, None, [], []
-    for s in range(partition.num_groups):
-        downstream = [i for i, g in enumerate(partition.index) if g >= s]
-        u_s = [u[i] if partition.index[i] == s else jnp.zeros_like(u[i]) for i in downstream]
-        f, x = restricted_to(downstream, smooth)
-        (value_s, gradient), (_, hessian_u_s) = jax.jvp(jax.value_and_grad(f), (x,), (u_s,))
-        if s == 0:
-            value = value_s
-            if smooth is not loss:  # of the gradient itself, also where a rule isn't linear in the cotangent
-                gradient = jax.grad(restricted_to(downstream, loss)[0])(x)
-            gbar = inner_by_group(downstream, gradient)
-        rows.append(inner_by_group(downstream, hessian_u_s))
-
-        own = partition.members(s)
-        f, x = restricted_to(own, smooth)
-        third.append(_third_derivative(f, x, [u[i] for i in own]) if order == 3 else jnp.zeros((), dtype))
-    if value is None:
-        return zeros(0, dtype)._replace(loss=loss(theta).astype(dtype))
-    upper = jnp.stack(rows)
-    return Summary(value.astype(dtype), gbar, upper + jnp.triu(upper, 1).T, jnp.stack(third).astype(dtype))
 
 
 def check_options(method: str, order: int, max_stack: int | None) -> None:
@@ -205,24 +162,10 @@ def check_options(method: str, order: int, max_stack: int | None) -> None:
         raise ValueError(f'max_stack bounds the tangents of method="sweep", got it with method={method!r}')
 
 
-def _third_derivative(f, theta, u):
-    """(D^3 f)[u, u, u] at theta."""
-
-    def derivative(g):
-        return lambda x: jax.jvp(g, (x,), (u,))[1]
-
-    return derivative(derivative(derivative(f)))(theta)
-
-
 def zeros(num_groups: int, dtype: Any) -> Summary:
     """A summary of zeros."""
     z = lambda *shape: jnp.zeros(shape, dtype)
     return Summary(z(), z(num_groups), z(num_groups, num_groups), z(num_groups))
-
-
-def inner(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """<a, b>, accumulated in ``dtype``; a sum of products is not subject to matmul precision."""
-    return jnp.sum(a.astype(dtype) * b.astype(dtype))
 
 
 def summary_dtype(params: Any, partition: _groups.Partition) -> np.dtype:

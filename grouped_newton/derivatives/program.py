@@ -13,7 +13,6 @@ Which is which is not looked up but found out: the jvp of a node with respect to
 affine in that operand if the traced tangent doesn't depend on it. An equation that is in no list is only slower.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,26 +21,24 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from grouped_newton.rewrites import (
+from grouped_newton.derivatives.custom_rules import followed
+from grouped_newton.derivatives.jaxprs import (
     CALLS,
     CUSTOM_JVP,
     CUSTOM_VJP,
     REMAT,
     bodies,
-    body,
     evaluate,
-    followed,
     function_of,
     holds,
     is_float,
     kind,
     likeness,
     live_equations,
-    read,
     replaced,
-    uses_refs,
     variable,
 )
+from grouped_newton.derivatives.rewrites import CONSTANT, max_over_windows, open_calls
 
 ELEMENTWISE = set(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp"  # noqa: SIM905
@@ -49,13 +46,7 @@ ELEMENTWISE = set(
     " is_finite le lgamma log log1p logistic lt max min mul ne neg not or pow reduce_precision rem round rsqrt select_n"
     " sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
 )
-_REFS = (
-    "refs (jax.new_ref, jax.array_ref) can't be swept: the loss writes values that depend on params to one. Carry them"
-    ' as values, as lax.scan does, or use method="nested"'
-)
 _LONGEST = 32  # equations in a chain: XLA takes ever longer over the third derivative of a longer one
-# They would be found out too, but late: a value read only by them would get tangents, and chains would end there.
-CONSTANT = {"stop_gradient", "sign", "floor", "ceil", "round"}
 
 
 class Node(NamedTuple):
@@ -112,15 +103,15 @@ class Scan(NamedTuple):
         read = [v for node in others for v in (*node.active, *node.inactive) if v not in given]
         return list(dict.fromkeys(read + scans))
 
-    def seeds(self, lam_carry, lam_y):
+    def seeds(self, ct_carry, ct_y):
         outvars = self.body.jaxpr.outvars
-        pairs = [(outvars[i - self.num_consts], value) for i, value in lam_carry.items()]
-        pairs += [(outvars[o], value) for o, value in lam_y.items()]
+        pairs = [(outvars[i - self.num_consts], value) for i, value in ct_carry.items()]
+        pairs += [(outvars[o], value) for o, value in ct_y.items()]
         return [(v, value) for v, value in pairs if not isinstance(v, jex.Literal)]
 
-    def ranks(self, given):
-        """The ranks that reach every variable of the body, given those of its operands: a fixed point."""
-        sets = {self.body.jaxpr.invars[i]: set(ranks) for i, ranks in given.items()}
+    def slots(self, given):
+        """The slots that reach every variable of the body, given those of its operands: a fixed point."""
+        sets = {self.body.jaxpr.invars[i]: set(slots) for i, slots in given.items()}
         while True:
             for node in self.body.nodes:
                 reached = set().union(*(sets.get(v, ()) for v in node.active))
@@ -133,13 +124,13 @@ class Scan(NamedTuple):
                 if grown:
                     sets[v] = grown
             if not changed:
-                return {v: tuple(sorted(ranks)) for v, ranks in sets.items()}
+                return {v: tuple(sorted(slots)) for v, slots in sets.items()}
 
 
 def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Program:
     """Opens the calls of a closed jaxpr and sorts its equations into nodes; of equal ones one is ``known`` for all."""
     known = {} if known is None else known
-    closed = _open_calls(closed, active)
+    closed = open_calls(closed, active)
     jaxpr = closed.jaxpr
     eqns = live_equations(jaxpr)
     nodes: list[Node] = []
@@ -196,37 +187,6 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
     return Program(jaxpr.replace(eqns=eqns), closed.consts, nodes, scans, active_outs, known)
 
 
-def _open_calls(closed, active=None):
-    """The same function without calls, and with x / y as x * (1 / y), which is bilinear, where y may be active."""
-
-    def opened(jaxpr, consts, args, active):
-        env = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        reached = {v for v, is_active in zip(jaxpr.invars, active, strict=True) if is_active}
-        for eqn in jaxpr.eqns:
-            values = [read(env, v) for v in eqn.invars]
-            flags = [variable(v) in reached for v in eqn.invars]
-            if kind(eqn) in CALLS and (inner := body(eqn)) is not None:
-                closed = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
-                outs, out_flags = opened(closed.jaxpr, closed.consts, values, flags)
-            else:
-                moves = any(flags) and eqn.primitive.name not in CONSTANT
-                if moves and uses_refs(eqn):
-                    raise NotImplementedError(_REFS)
-                out_flags = [moves] * len(eqn.outvars)
-                # 1 / y leaves the range of half precision where x / y doesn't.
-                if eqn.primitive.name == "div" and flags[1] and not is_half(eqn.outvars[0].aval):
-                    outs = [values[0] * lax.integer_pow(values[1], -1)]
-                else:
-                    outs = evaluate(eqn, jaxpr, values)
-            env.update(zip(eqn.outvars, outs, strict=True))
-            reached.update(v for v, is_active in zip(eqn.outvars, out_flags, strict=True) if is_active)
-        return [read(env, v) for v in jaxpr.outvars], [variable(v) in reached for v in jaxpr.outvars]
-
-    active = [False] * len(closed.in_avals) if active is None else active
-    return jax.make_jaxpr(lambda *args: opened(closed.jaxpr, closed.consts, args, active)[0])(*closed.in_avals)
-
-
 def _tangent_carriers(eqns, outvars):
     """The values whose tangents can reach an output: real or complex, and not only through a constant function."""
     carriers = {v for v in outvars if not isinstance(v, jex.Literal)}
@@ -266,7 +226,7 @@ def _sorted(jaxpr, eqns, active, inactive, outs, elementwise):
     """Kind and function of a node, the numbers of its outputs that move, and whether its operands do so together."""
     evaluate = function_of(jaxpr, eqns, [*active, *inactive], outs)
     if eqns[0].primitive.name == "reduce_window_max":
-        evaluate = _max_over_windows(**eqns[0].params) or evaluate
+        evaluate = max_over_windows(**eqns[0].params) or evaluate
     n = len(active)
     joint = n > 1 and any(map(_may_look, eqns))
     together = joint or n > 2  # one by one, n operands would be n functions of n operands
@@ -313,7 +273,7 @@ def _traced_tangents(fn, active, inactive, joint):
     primals, others = [v.aval for v in active], [v.aval for v in inactive]
 
     def traced(moved):
-        return _open_calls(jax.make_jaxpr(_tangents(fn, moved))(primals, [primals[i] for i in moved], others)).jaxpr
+        return open_calls(jax.make_jaxpr(_tangents(fn, moved))(primals, [primals[i] for i in moved], others)).jaxpr
 
     return [traced(range(len(active)))] if joint else [traced([i]) for i in range(len(active))]
 
@@ -372,34 +332,10 @@ def _rule_keeps_places(eqn, jaxpr, order):
         return jax.jvp(fn, tuple(values[i] for i in moved), tuple(along))
 
     avals = [v.aval for v in eqn.invars]
-    traced = _open_calls(jax.make_jaxpr(rule)(avals, [avals[i] for i in moved])).jaxpr
+    traced = open_calls(jax.make_jaxpr(rule)(avals, [avals[i] for i in moved])).jaxpr
     tangent = live_equations(traced.replace(outvars=traced.outvars[len(eqn.outvars) :]))
     of_value = [e for e in live_equations(traced) if kind(e) not in CUSTOM_JVP]
     return all(_keeps_places(e, traced, order - 1) for e in (*tangent, *of_value))
-
-
-def _max_over_windows(window_dimensions, window_strides, padding, base_dilation, window_dilation):
-    """Max-pooling by comparing slices, one per place in the window; None where it has too many.
-
-    The same function with the same choice among equals, the first; a jvp of the primitive itself sorts pairs of
-    numbers for every tangent.
-    """
-    places = list(itertools.product(*map(range, window_dimensions)))
-    if len(places) > 16 or any(b != 1 for b in base_dilation):
-        return None
-
-    def pooled(x):
-        x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(low, high, 0) for low, high in padding])
-        span = [(w - 1) * r + 1 for w, r in zip(window_dimensions, window_dilation, strict=True)]
-        result = None
-        for place in places:
-            start = [k * r for k, r in zip(place, window_dilation, strict=True)]
-            limit = [k + n - m + 1 for k, n, m in zip(start, x.shape, span, strict=True)]
-            part = lax.slice(x, start, limit, window_strides)
-            result = part if result is None else lax.select(part > result, part, result)
-        return [result]
-
-    return pooled
 
 
 def _scan_node(eqn, active, known):
@@ -433,10 +369,6 @@ def _scan_node(eqn, active, known):
         tuple(eqn.outvars[o] for o in results),
         scan,
     )
-
-
-def is_half(aval):
-    return is_float(aval) and jnp.finfo(aval.dtype).bits < 32
 
 
 def _is_real(aval):

@@ -1,0 +1,146 @@
+"""The exact summary in one sweep: one adjoint pass, then one forward pass of stacked tangents.
+
+With psi(eta) = L(theta + sum_s eta_s u_s), for the value z of every equation z = f(x, y, ...) of the loss:
+
+  ct_z  = dL/dz                        its cotangent
+  z1_s  = d z / d eta_s                its first tangents, a stack over the groups s that have reached it
+  z2_s  = d2 z / d eta_s^2             its second tangents, alike
+
+A parameter of group s starts with z1_s = u_s and no z2. By the chain rule, summed over all equations,
+
+  gbar_s  = L1_s
+  hbar_st = sum  ct_z . f''[x1_s, x1_t]
+  third_s = sum  ct_z . ( f'''[x1_s, x1_s, x1_s] + 3 f''[x1_s, x2_s] )
+
+so an affine equation adds nothing, a bilinear one only the product of its two operands, and a stack is as deep as
+the number of groups upstream. ``program.py`` makes nodes of the equations, ``passes.py`` has the three passes over
+them, ``rules.py`` what a node does to tangents, by its kind.
+
+The *slot* of a group is its number in the order in which the loss first uses a parameter of it.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from grouped_newton import sharding
+from grouped_newton.derivatives.custom_rules import by_rule
+from grouped_newton.derivatives.jaxprs import is_half, read
+from grouped_newton.derivatives.passes import adjoint, primal, tangent
+from grouped_newton.derivatives.program import build
+from grouped_newton.derivatives.stacks import Stack, inner
+from grouped_newton.derivatives.sums import Sums
+
+
+def sweep(
+    loss: Callable,
+    theta: list,
+    u: list,
+    index: Sequence[int],
+    num_groups: int,
+    dtype: Any,
+    order: int = 3,
+    max_stack: int | None = None,
+):
+    """(loss, gbar, hbar, third) of a function of a list of leaves, along the list ``u``.
+
+    ``index`` has the group of every leaf, -1 for none; order 2 leaves third at zero. ``max_stack`` bounds the tangents
+    that are carried at once: with fewer than S, the groups go in chunks of half as many, every pair of chunks once.
+    A frozen leaf may be anything.
+    """
+    moving = [i for i, g in enumerate(index) if g >= 0]
+    at, u, index = ([x[i] for i in moving] for x in (theta, u, index))
+    restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
+    closed = jax.make_jaxpr(restricted)(at)
+    followed = by_rule(closed)
+    value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
+    if followed is not closed:  # the slopes of the gradient itself, also where a rule is not linear in the cotangent
+        gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
+        sums = Sums(num_groups, dtype, sharding.tracked_axes())
+        for g, dx, x in zip(index, gradient, u, strict=True):
+            sums.add_gbar(Stack((g,), inner(dx[None], x[None])))
+        gbar, _, _ = sums.totals()
+    return value, gbar, hbar, third
+
+
+def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
+    program = build(closed, [True] * len(at))
+    slot = _slots_by_first_use(program, index, num_groups)
+    env = primal(program, at)
+    (out,) = program.jaxpr.outvars
+    value = jnp.asarray(read(env, out))
+    # A tangent through half precision has its rounding; the adjoints of the parameters let it average out.
+    half = any(is_half(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars)
+    wanted = frozenset(program.jaxpr.invars if half else ())
+    axes = sharding.tracked_axes()
+    seed = sharding.vary(jnp.ones((), value.dtype), sharding.varying_axes(jax.typeof(value)))
+    ct = adjoint(program, env, [(out, seed)], wanted) if program.active_outs[0] else {}
+
+    def one_pass(slots, order, u):
+        """The sums of the groups of these slots, which are numbered anew: passes over as many groups look alike."""
+        place = {r: k for k, r in enumerate(slots)}
+        moved = [
+            (v, x, place[slot[g]]) for v, x, g in zip(program.jaxpr.invars, u, index, strict=True) if slot[g] in place
+        ]
+        sums = Sums(len(place), dtype, axes)
+        first, _ = tangent(program, env, ct, {v: Stack((k,), x[None]) for v, x, k in moved}, {}, sums, order)
+        for v, x, k in moved:
+            if half and v in ct:
+                sums.add_gbar(Stack((k,), inner(ct[v][None], x[None])))
+        if not half and _is_active(first, out):
+            sums.add_gbar(first[out])
+        if len(place) == num_groups:
+            return sums.totals()
+        at = jnp.array([place.get(r, 0) for r in range(num_groups)], jnp.int32)
+        slopes, hbar, third = sums.totals()
+        return slopes[at], hbar[at][:, at], third[at]
+
+    found = Sums(num_groups, dtype, axes).totals()
+    covered: set[int] = set()
+    for slots in _passes(num_groups, max_stack):
+        # The barrier keeps the tangents of two passes from living at the same time.
+        u, found = lax.optimization_barrier((u, found))
+        here = np.isin(np.arange(num_groups), slots)
+        new = not covered.issuperset(slots)
+        slopes, hbar, third = one_pass(slots, order if new else 2, u)
+        covered.update(slots)
+        found = (
+            jnp.where(here, slopes, found[0]),
+            jnp.where(here[:, None] & here[None], hbar, found[1]),
+            jnp.where(here, third, found[2]) if new else found[2],
+        )
+    gbar, hbar, third = found
+    in_order = jnp.array(slot, jnp.int32)
+    hbar = hbar[in_order][:, in_order]
+    hbar = jnp.tril(hbar) + jnp.tril(hbar, -1).T  # as the definition where a custom rule is no gradient of anything
+    return value.astype(dtype), gbar[in_order], hbar, third[in_order]
+
+
+def _passes(num_groups, max_stack):
+    """The sets of slots to carry together, so that every pair of groups is in one of them."""
+    if max_stack is None or max_stack >= num_groups:
+        return [range(num_groups)]
+    size = max_stack // 2
+    chunks = [range(k, min(k + size, num_groups)) for k in range(0, num_groups, size)]
+    return [[*a, *b] for a, b in itertools.combinations(chunks, 2)]
+
+
+def _slots_by_first_use(program, index, num_groups):
+    """A number for every group, in the order in which the program first reads one of its parameters."""
+    group = dict(zip(program.jaxpr.invars, index, strict=True))
+    seen = dict.fromkeys(group[v] for node in program.nodes for v in node.active if v in group)
+    seen.update(dict.fromkeys(range(num_groups)))
+    slot = [0] * num_groups
+    for r, g in enumerate(seen):
+        slot[g] = r
+    return slot
+
+
+def _is_active(stacks, v):
+    return not isinstance(v, jex.Literal) and v in stacks
