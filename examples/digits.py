@@ -168,14 +168,14 @@ def draw(runs, summary, layers, path):
 
     ax = panels["rates"]
     states = [optax.tree.get(state, "GroupedNewtonState") for state in newton.opt_states]
-    eta, caution = (np.stack([getattr(state, name) for state in states[1:]]) for name in ("eta", "caution"))
-    (line,) = plotting.plot_rates(ax, newton.steps[1:], eta, ["all parameters"], caution=caution)
+    rates = np.stack([state.rates for state in states[1:]])
+    (line,) = plotting.plot_rates(ax, newton.steps[1:], rates, ["all parameters"])
     line.set_color("#4B2A82")
     ax.axhline(1e-3, color="0.5", linewidth=1, zorder=0)
     ax.annotate("Adam's default", (0.01, 1e-3), (0, 3), ax.get_yaxis_transform(), "offset points", color="0.35")
     ax.set_ylim(bottom=min(ax.get_ylim()[0], 3e-4))
     ax.sharex(panels["losses"])
-    ax.set(ylabel=f"rate by {NEWTON}", xlabel="step (triangles: the rate is 0)" if np.any(eta <= 0) else "step")
+    ax.set(ylabel=f"rate by {NEWTON}", xlabel="step (triangles: the rate is 0)" if np.any(rates <= 0) else "step")
 
     ax = panels["curvature"]
     plotting.plot_curvature(ax, summary.hbar, layers)

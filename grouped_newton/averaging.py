@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from grouped_newton import groups as _groups
+from grouped_newton.numerics import is_traced
 
 
 class AverageParamsState(NamedTuple):
@@ -58,7 +59,7 @@ def average_params(fraction: float = 0.1) -> optax.GradientTransformationExtraAr
       Ohad Shamir and Tong Zhang, Stochastic Gradient Descent for Non-smooth
       Optimization, arXiv 1212.1824 (polynomial-decay averaging).
     """
-    if not isinstance(fraction, jax.core.Tracer) and not 0 < fraction <= 1:
+    if not is_traced(fraction) and not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
 
     def init(params):

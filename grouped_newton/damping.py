@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from grouped_newton.derivatives.summary import Summary
-from grouped_newton.numerics import quadratic_form, total
+from grouped_newton.numerics import is_traced, quadratic_form, total
 
 
 class AdaptiveDamping(NamedTuple):
@@ -99,7 +99,7 @@ def adaptive_damping(initial: float = 1.0, floor: float = 1.0, ceiling: float = 
       2.0
     """
     options = (floor, initial, ceiling)
-    if not any(isinstance(x, jax.core.Tracer) for x in options) and not 0 < floor <= initial <= ceiling < float("inf"):
+    if not any(is_traced(x) for x in options) and not 0 < floor <= initial <= ceiling < float("inf"):
         raise ValueError(
             "adaptive_damping needs 0 < floor <= initial <= ceiling, all finite,"
             f" got floor={floor!r}, initial={initial!r} and ceiling={ceiling!r}"

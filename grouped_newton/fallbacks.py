@@ -51,24 +51,25 @@ def complete(memory: Memory, known: jax.Array, new: Summary) -> tuple[Memory, Su
     fine_third = fine & jnp.isfinite(new.third)
     pairs = lambda x: x[:, None] & x[None]
     fine_pairs = pairs(fine) & jnp.isfinite(new.hbar)
+    before = memory.average
     # The length of a direction may have changed since, and curvature is its square.
-    before = jnp.diag(memory.hbar)
-    now = jnp.where(fine, jnp.diag(new.hbar), before)
-    scale = jnp.sqrt(jnp.abs(now) / jnp.where(before == 0, 1, jnp.abs(before)))
-    scale = jnp.where((before == 0) | ~jnp.isfinite(scale), 1, scale)
+    diagonal = jnp.diag(before.hbar)
+    now = jnp.where(fine, jnp.diag(new.hbar), diagonal)
+    scale = jnp.sqrt(jnp.abs(now) / jnp.where(diagonal == 0, 1, jnp.abs(diagonal)))
+    scale = jnp.where((diagonal == 0) | ~jnp.isfinite(scale), 1, scale)
     summary = Summary(
-        loss=jnp.where(jnp.isfinite(new.loss), new.loss, memory.loss),
-        gbar=jnp.where(fine, new.gbar, memory.gbar),
-        hbar=jnp.where(fine_pairs, new.hbar, memory.hbar * scale[:, None] * scale[None]),
-        third=jnp.where(fine_third, jnp.abs(new.third), memory.third * scale * scale * scale),
+        loss=jnp.where(jnp.isfinite(new.loss), new.loss, before.loss),
+        gbar=jnp.where(fine, new.gbar, before.gbar),
+        hbar=jnp.where(fine_pairs, new.hbar, before.hbar * scale[:, None] * scale[None]),
+        third=jnp.where(fine_third, jnp.abs(new.third), before.third * scale * scale * scale),
     )
-    memory = Memory(
-        loss=memory.loss,
-        gbar=jnp.where(known_fine, memory.gbar, summary.gbar),
-        hbar=jnp.where(pairs(known_fine), memory.hbar, summary.hbar),
-        third=jnp.where(known_third, memory.third, summary.third),
-        recent=jnp.where(known_fine, memory.recent, jnp.abs(now)),
+    average = Summary(
+        loss=before.loss,
+        gbar=jnp.where(known_fine, before.gbar, summary.gbar),
+        hbar=jnp.where(pairs(known_fine), before.hbar, summary.hbar),
+        third=jnp.where(known_third, before.third, summary.third),
     )
+    memory = Memory(average, jnp.where(known_fine, memory.recent, jnp.abs(now)))
     return memory, summary, known | jnp.stack([fine, fine_third])
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.derivatives.summary import Summary
+from grouped_newton.derivatives.summary import Summary, zeros
 from grouped_newton.numerics import total
 
 LEAST = 10.0  # summaries that an average over a share of them has at least
@@ -23,24 +23,15 @@ _RECENT = 0.2
 
 
 class Memory(NamedTuple):
-    """The running average of summaries; all zeros before the first."""
+    """The running average of summaries, ``third`` being |third| and ``loss`` the latest; all zeros before the first."""
 
-    loss: jax.Array
-    gbar: jax.Array
-    hbar: jax.Array
-    third: jax.Array
+    average: Summary
     recent: jax.Array
-
-    @property
-    def average(self) -> Summary:
-        return Summary(self.loss, self.gbar, self.hbar, self.third)
 
 
 def empty(num_groups: int, dtype: Any) -> Memory:
     """Nothing seen yet."""
-    z = lambda *shape: jnp.zeros(shape, dtype)
-    n = num_groups
-    return Memory(z(), z(n), z(n, n), z(n), z(n))
+    return Memory(zeros(num_groups, dtype), jnp.zeros(num_groups, dtype))
 
 
 def remember(memory: Memory, new: Summary, count: jax.Array, share: Any, eta: jax.Array) -> Memory:
@@ -61,7 +52,7 @@ def remember(memory: Memory, new: Summary, count: jax.Array, share: Any, eta: ja
       eta: the rates along which curvatures are compared, (S,).
 
     Returns:
-      The new memory; ``third`` holds |third|, ``loss`` the latest.
+      The new memory.
     """
     dtype = new.gbar.dtype
     k, share = jnp.asarray(count).astype(dtype), jnp.asarray(share, dtype)
@@ -70,13 +61,14 @@ def remember(memory: Memory, new: Summary, count: jax.Array, share: Any, eta: ja
     lately = jnp.maximum(1 / k, _RECENT)
     recent = (1 - lately) * memory.recent + lately * curvature
 
-    old, now = (total(h * eta * eta) for h in (jnp.abs(jnp.diag(memory.hbar)), recent))
+    before = memory.average
+    old, now = (total(h * eta * eta) for h in (jnp.abs(jnp.diag(before.hbar)), recent))
     c = jnp.where(now < old, now / jnp.where(old > 0, old, 1), 1)
     mix = lambda old, new: (1 - w) * c * old + w * new
-    return Memory(
+    average = Summary(
         loss=new.loss,
-        gbar=mix(memory.gbar, new.gbar),
-        hbar=mix(memory.hbar, new.hbar),
-        third=mix(memory.third, jnp.abs(new.third)),
-        recent=recent,
+        gbar=mix(before.gbar, new.gbar),
+        hbar=mix(before.hbar, new.hbar),
+        third=mix(before.third, jnp.abs(new.third)),
     )
+    return Memory(average, recent)

@@ -1,7 +1,15 @@
 """Small sums, norms and exponents, without overflow and without a kernel for each."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a number isn't known yet, so that its range can't be checked."""
+    return isinstance(value, jax.core.Tracer)
 
 
 def norm(x):
@@ -33,6 +41,18 @@ def total(x):
 def all_finite(*arrays):
     """Whether every number is finite; 0 x is NaN where x isn't."""
     return total(jnp.concatenate([0 * jnp.ravel(x) for x in arrays])) == 0
+
+
+def all_zero(x):
+    return total(jnp.abs(x)) == 0
+
+
+def computed_once(numbers):
+    """The same numbers, computed here once: XLA fuses a chain of small operations into each of its readers.
+
+    Every leaf that is scaled by a rate would compute the whole rule anew, in a kernel of its own to be compiled.
+    """
+    return lax.optimization_barrier(numbers)
 
 
 def float_layout(dtype):

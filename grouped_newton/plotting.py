@@ -1,7 +1,7 @@
 """Pictures of rates and curvatures, drawn on Axes that the caller makes.
 
-  steps (T,)     eta (T, S), caution (T,)   rates and the factor on them, as the state keeps them
-  hbar (S, S)    curvatures between groups                         names  S group names
+  steps (T,)     rates (T, S)              as the state keeps them    names  S group names
+  hbar (S, S)    curvatures between groups
 
 Needs matplotlib (``pip install "grouped_newton[plot]"``); ``grouped_newton``
 itself never imports this module.
@@ -21,14 +21,12 @@ _DASHES = ("-", "--", ":", "-.")
 _SMALL_TABLE = 12
 
 
-def plot_rates(
-    ax: Axes, steps: Any, eta: Any, names: Sequence[str], *, caution: Any = 1.0, learning_rate: Any = 1.0
-) -> list[Line2D]:
+def plot_rates(ax: Axes, steps: Any, rates: Any, names: Sequence[str], *, learning_rate: Any = 1.0) -> list[Line2D]:
     """Draws the rate of every group over time, on a logarithmic axis.
 
     What is drawn is the rate that was applied::
 
-      learning_rate * caution * max(eta_s, 0)
+      learning_rate * rates_s
 
     A logarithmic axis has no zero: where a rate is zero its line has a gap, and a
     triangle stands in the group's row at the bottom of the axes.
@@ -36,9 +34,8 @@ def plot_rates(
     Args:
       ax: the matplotlib Axes to draw on.
       steps: when the rates were in force, shape (T,), in steps.
-      eta: the state's ``eta`` at these steps, shape (T, S).
+      rates: the state's ``rates`` at these steps, shape (T, S).
       names: the group names, of length S, as ``groups.names`` gives them.
-      caution: the state's ``caution`` at these steps, shape (T,) or (), 1 by default.
       learning_rate: the factor on all rates, shape (T,) or (), 1 by default.
 
     Returns:
@@ -56,18 +53,16 @@ def plot_rates(
       (['hidden', 'output'], 'log')
     """
     _check_axes(ax)
-    steps, eta = np.asarray(steps), np.asarray(eta, dtype=float)
-    if steps.ndim != 1 or eta.shape != (len(steps), len(names)):
+    steps, rates = np.asarray(steps), np.asarray(rates, dtype=float)
+    if steps.ndim != 1 or rates.shape != (len(steps), len(names)):
         raise ValueError(
-            f"plot_rates takes steps (T,), eta (T, S) and S names, got shapes {steps.shape} and {eta.shape} and"
-            f" {len(names)} names; stack the state's eta over time"
+            f"plot_rates takes steps (T,), rates (T, S) and S names, got shapes {steps.shape} and {rates.shape} and"
+            f" {len(names)} names; stack the state's rates over time"
         )
-    rates = np.maximum(eta, 0)
-    for name, factor in (("caution", caution), ("learning_rate", learning_rate)):
-        factor = np.asarray(factor, dtype=float)
-        if factor.shape not in ((), steps.shape):
-            raise ValueError(f"{name} must be one number or of shape {steps.shape} as steps, got shape {factor.shape}")
-        rates = rates * (factor[:, None] if factor.ndim else factor)
+    factor = np.asarray(learning_rate, dtype=float)
+    if factor.shape not in ((), steps.shape):
+        raise ValueError(f"learning_rate must be one number or of shape {steps.shape} as steps, got {factor.shape}")
+    rates = np.maximum(rates, 0) * (factor[:, None] if factor.ndim else factor)
     lines = []
     row = min(0.04, 0.3 / max(len(names), 1))
     at_bottom = ax.get_xaxis_transform()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic, solve_decoupled
 from grouped_newton.derivatives.summary import Summary
-from grouped_newton.numerics import all_finite, norm, quadratic_form, total
+from grouped_newton.numerics import all_finite, is_traced, norm, quadratic_form, total
 
 RateRule = Callable[[Summary, Any], CubicSolution]
 
@@ -102,7 +102,7 @@ def edge_rates(factor: float = 1.8) -> EdgeRates:
       >>> [f"{x:.4f}" for x in edge_rates(factor=1.0)(quadratic, 1.0).eta]
       ['0.3333', '0.3333']
     """
-    if not isinstance(factor, jax.core.Tracer) and not 0 < factor < 2:
+    if not is_traced(factor) and not 0 < factor < 2:
         raise ValueError(f"factor must be in (0, 2), got {factor!r}; 1 is the greedy step, 2 the edge of stability")
     return EdgeRates(factor)
 
@@ -133,7 +133,7 @@ def growing_period(longest: int = 10) -> Callable[[jax.Array], jax.Array]:
 
 def check_period(name, period):
     # optax.inject_hyperparams traces numbers.
-    if not isinstance(period, jax.core.Tracer) and not (1 <= period < float("inf") and period == int(period)):
+    if not is_traced(period) and not (1 <= period < float("inf") and period == int(period)):
         raise ValueError(f"{name} must be an integer of at least 1, got {period!r}")
 
 

@@ -3,83 +3,24 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from grouped_newton import annealing, fallbacks, sharding, spikes, trees
 from grouped_newton import groups as _groups
 from grouped_newton import memory as _memory
 from grouped_newton import rates as _rates
+from grouped_newton import sharding, spikes, trees
 from grouped_newton.cubic import CubicStatus
-from grouped_newton.damping import AdaptiveDamping, model_error
-from grouped_newton.derivatives.rewrites import caller
-from grouped_newton.derivatives.summary import check_options, one_number, summarize, summary_dtype
-from grouped_newton.numerics import all_finite, total, zero_nonfinite
+from grouped_newton.damping import AdaptiveDamping
+from grouped_newton.derivatives.summary import check_options, one_number, summary_dtype
+from grouped_newton.numerics import all_zero, is_traced, zero_nonfinite
+from grouped_newton.refresh import GroupedNewtonState, Settings, refresh
 
 _LEAST_CAUTION = 2.0**-10
-
-
-class GroupedNewtonState(NamedTuple):
-    """State of :func:`scale_by_grouped_newton`; everything in it is finite.
-
-    Attributes:
-      count: steps taken, int32 ().
-      next_refresh: the step at which the next refresh is due, int32 ().
-      last_refresh: the step of the last one, int32 ().
-      eta: the rates, unclipped, before caution and the learning rate, (S,).
-      caution: factor on all rates, 1 but after a spike in the loss, ().
-      damping: the internal damping, of the last refresh or, where it adapts, for
-        the next one, ().
-      model_error: quotient of the last refresh where the damping adapts, see
-        ``adaptive_damping``; 0 otherwise and where it isn't reliable, ().
-      loss: the loss at the last refresh, ().
-      gbar: running average of the summaries' slopes, (S,).
-      hbar: of their curvatures, (S, S).
-      third: of the size of their third derivatives, (S,).
-      recent: size of hbar_ss, of about the last five summaries, (S,).
-      progress: slope and curvature from the averaged params to the params, zeros
-        where no average is given, (2,).
-      start: root of the mean square of each group at ``init``, (S,).
-      losses: mean and deviation of the steps' losses, where they are given, (2,).
-      known: whether slope and curvature of each group have been finite, and whether its third
-        derivative has; the averages hold zeros of others, bool (2, S).
-      replaced: the groups whose rate isn't the rule's, for want of finite numbers or of a minimiser, bool (S,).
-      status: outcome of the last refresh, int32 (), names in ``CubicStatus``.
-      refreshes: summaries in the average, int32 ().
-      rejected: refreshes without rates of the rule's, for want of finite numbers or of a
-        minimiser: those before stayed, or were replaced, int32 ().
-      uphill: refreshes whose direction pointed uphill, sum(gbar) < 0, int32 ().
-      direction: where summaries are delayed, the last step's direction, like the params.
-      origin: where summaries are delayed, the params where that step began.
-    """
-
-    count: jax.Array
-    next_refresh: jax.Array
-    last_refresh: jax.Array
-    eta: jax.Array
-    caution: jax.Array
-    damping: jax.Array
-    model_error: jax.Array
-    loss: jax.Array
-    gbar: jax.Array
-    hbar: jax.Array
-    third: jax.Array
-    recent: jax.Array
-    progress: jax.Array
-    start: jax.Array
-    losses: jax.Array
-    known: jax.Array
-    replaced: jax.Array
-    status: jax.Array
-    refreshes: jax.Array
-    rejected: jax.Array
-    uphill: jax.Array
-    direction: Any
-    origin: Any
 
 
 def scale_by_grouped_newton(
@@ -179,49 +120,19 @@ def scale_by_grouped_newton(
     """
     _check_arguments(internal_damping, refresh_every, rates, summary_memory)
     check_options(method, 3, max_stack)
-    adaptive = internal_damping if isinstance(internal_damping, AdaptiveDamping) else None
-    options = {"method": method, "max_stack": max_stack, "axis_name": axis_name}
-
-    def damping_at(state):
-        if adaptive:
-            return state.damping
-        return internal_damping(state.count) if callable(internal_damping) else internal_damping
-
-    def refresh_after(count):
-        if callable(refresh_every):
-            return count + jnp.maximum(refresh_every(count), 1).astype(jnp.int32)
-        return (count // refresh_every + 1) * refresh_every
-
-    def used(eta):
-        return jnp.maximum(eta, 0) if nonnegative else eta
+    settings = Settings(
+        rates=rates,
+        damping=internal_damping,
+        next_refresh=_next_refresh(refresh_every),
+        summary_memory=summary_memory,
+        delayed=delayed,
+        nonnegative=nonnegative,
+        axis_name=axis_name,
+        options={"method": method, "max_stack": max_stack},
+    )
 
     def init(params):
-        partition = resolve_groups(groups, params)
-        dtype = summary_dtype(params, partition)
-        integer = lambda value: jnp.array(value, jnp.int32)
-        kept = lambda make: trees.copies(partition, params, make) if delayed else None
-        # No two fields share a buffer, so that the state can be donated.
-        return GroupedNewtonState(
-            count=integer(0),
-            next_refresh=integer(0),
-            last_refresh=integer(0),
-            eta=jnp.zeros(partition.num_groups, dtype),
-            caution=jnp.ones((), dtype),
-            damping=jnp.array(adaptive.initial if adaptive else 0.0, dtype),
-            model_error=jnp.zeros((), dtype),
-            **_memory.empty(partition.num_groups, dtype)._asdict(),
-            progress=jnp.zeros(2, dtype),
-            start=trees.root_mean_squares(partition, params, dtype),
-            losses=jnp.zeros(2, dtype),
-            known=jnp.zeros((2, partition.num_groups), bool),
-            replaced=jnp.zeros(partition.num_groups, bool),
-            status=integer(CubicStatus.SOLVED),
-            refreshes=integer(0),
-            rejected=integer(0),
-            uphill=integer(0),
-            direction=kept(jnp.zeros_like),
-            origin=kept(jnp.copy),
-        )
+        return _initial(settings, resolve_groups(groups, params), params)
 
     def update(updates, state, params=None, *, value_fn=None, averaged_params=None, **extra_args):
         check_update_arguments(params, value_fn)
@@ -232,167 +143,80 @@ def scale_by_grouped_newton(
                 " these params; call init with the params and grouping that are used in update"
             )
         loss_fn = _with_arguments(value_fn, extra_args)
-        value = extra_args.get("value")
-        if value is not None:
-            value = one_number("value must be", value, "tx.update(..., value=value[0])")
-        if not adaptive:
-            value = None
-        if value is not None:
-            value = sharding.mean(value, axis_name)
-            losses, spike = spikes.observe(state.losses, value, state.count)
-            # After ten in a row that aren't finite they tell nothing, and gradients may be fine.
-            mute = spike & ~jnp.isfinite(value) & (state.caution <= _LEAST_CAUTION)
-            spike &= ~mute
-            state = state._replace(losses=jnp.where(mute, 0, losses))
+        spike = None
+        if extra_args.get("value") is not None:
+            value = one_number("value must be", extra_args["value"], "tx.update(..., value=value[0])")
+            if settings.adaptive:
+                state, spike = _watched(state, sharding.mean(value, axis_name))
 
-        def refresh(state):
-            call = caller(lambda: loss_fn(params))
-            loss_at = lambda x: sharding.mean(call(lambda: loss_fn(x)), axis_name)
-            first = state.count == 0
-            u, theta = updates, params
-            if delayed:
-                u = trees.either(partition, first, updates, state.direction)
-                theta = trees.either(partition, first, params, state.origin)
-            summary = _settled(call(lambda: summarize(loss_fn, theta, u, _grouping(groups, params), **options)))
-            levelled = averaged_params is not None
-            if levelled:
-                halfway = trees.halfway(partition, averaged_params, params)
-                progress = annealing.measure(loss_at(averaged_params), loss_at(halfway), loss_at(params))
-                progress = annealing.remember(state.progress, progress, state.refreshes + 1)
-                state = state._replace(progress=progress)
-            lengths = [trees.root_mean_squares(partition, x, state.eta.dtype, axis_name) for x in (theta, u)]
-            state = state._replace(direction=None, origin=None)
-            state, summary = _settled(
-                _refreshed(state, summary, damping_at(state), rates, summary_memory, first & delayed, levelled, lengths)
+        due = (state.count >= state.next_refresh) | all_zero(state.eta)
+        new = state._replace(direction=None, origin=None)
+        new = lax.cond(
+            due,
+            lambda: refresh(settings, partition, loss_fn, state, updates, params, averaged_params),
+            lambda: new,
+        )
+        if spike is not None:
+            new = new._replace(
+                caution=jnp.where(spike, jnp.maximum(state.caution / 2, _LEAST_CAUTION), new.caution),
+                next_refresh=jnp.where(spike, state.count + 1, new.next_refresh),
             )
-            if levelled:
-                eta = annealing.trusted(state.eta, lengths[0], state.start, lengths[1])
-                state = state._replace(eta=_settled(eta))
-            later = jnp.asarray(refresh_after(state.count), jnp.int32)
-            # Without any rate of the rule's, seldom, so that a loss that gives none isn't slow for ever.
-            soon = jnp.where(_all_replaced(state), state.count // 10, 0)
-            again = (state.status == CubicStatus.NOT_FINITE) | _all_replaced(state)
-            if adaptive:
-                moved = trees.subtract(partition, theta, partition.scale(used(state.eta), u))
-                error = model_error(summary, used(state.eta), loss_at(moved))
-                # Without a finite summary nothing is known of the rates.
-                judged = state.status != CubicStatus.NOT_FINITE
-                error = error._replace(reliable=error.reliable & judged, gross=error.gross & judged)
-                again |= error.gross
-                state = state._replace(
-                    eta=jnp.where(error.gross, state.eta / 2, state.eta),
-                    damping=adaptive.update(state.damping, error).astype(state.eta.dtype),
-                    model_error=jnp.where(error.reliable, error.quotient, 0),
-                )
-            return state._replace(
-                next_refresh=jnp.where(again, jnp.minimum(later, state.count + 1 + soon), later),
-                last_refresh=state.count,
-                caution=jnp.minimum(2 * state.caution, 1),
-            )
-
-        due = (state.count >= state.next_refresh) | _all_zero(state.eta)
-        arrays, copies = state._replace(direction=None, origin=None), (state.direction, state.origin)
-        arrays = lax.cond(due, lambda: refresh(state)._replace(direction=None, origin=None), lambda: arrays)
-        if value is not None:
-            arrays = arrays._replace(
-                caution=jnp.where(spike, jnp.maximum(state.caution / 2, _LEAST_CAUTION), arrays.caution),
-                next_refresh=jnp.where(spike, arrays.count + 1, arrays.next_refresh),
-            )
+        new = new._replace(count=optax.safe_increment(state.count), rates=new.caution * settings.clipped(new.eta))
         if delayed:
-            copies = trees.copies(partition, updates, zero_nonfinite, params), trees.copies(partition, params, jnp.copy)
-        scaled = partition.scale(arrays.caution * used(arrays.eta), updates)
-        scaled = partition.map(zero_nonfinite, scaled)
-        count = optax.safe_increment(state.count)
-        return scaled, arrays._replace(count=count, direction=copies[0], origin=copies[1])
+            new = new._replace(
+                direction=trees.copies(partition, updates, zero_nonfinite, params),
+                origin=trees.copies(partition, params, jnp.copy),
+            )
+        return partition.map(zero_nonfinite, partition.scale(new.rates, updates)), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _refreshed(state, summary, damping, rates, share, own, levelled, lengths):
-    """The state after a summary, with counters that say what was found; and the summary without gaps.
-
-    A summary of the direction's own batch is used, and forgotten at the next. Where rates are ``levelled``, only the
-    first are the rule's. ``lengths`` are those of params and direction, of which rates are made that no rule gives.
-    """
-    dtype = state.eta.dtype
-    damping = jnp.asarray(damping).astype(dtype)
-    before = _memory.Memory(*(getattr(state, name) for name in _memory.Memory._fields))
-    summary = jax.tree.map(lambda x, old: x.astype(old.dtype), summary, before.average)
-    fine, slope = fallbacks.fine_groups(summary), summary.gbar
-    usable = all_finite(summary.loss, damping) & (jnp.any(fine) if fine.size else True)
-    whole = usable & all_finite(*summary)
-    before, summary, known = fallbacks.complete(before, state.known, summary)
-    own_part = lambda x: jnp.where(fine, x, 0)
-    zero = _all_zero(own_part(summary.gbar)) & _all_zero(own_part(jnp.diag(summary.hbar)))
-    learnt = usable & ~zero  # a zero direction tells nothing
-    choose = lambda new, old: jax.tree.map(lambda x, y: jnp.where(learnt, x, y), new, old)
-    count = state.refreshes + 1
-    memory = _memory.remember(before, summary, count, share, state.eta)
-    memory = _settled(choose(memory, _memory.Memory(*(getattr(state, name) for name in _memory.Memory._fields))))
-
-    average, out = fallbacks.for_the_rule(memory.average, jnp.where(usable, known, state.known))
-    without_rates = _all_zero(state.eta) | _all_replaced(state)
-    unbounded = fallbacks.unbounded(average, damping) & (without_rates | jnp.any(state.replaced))
-    bounded, bounded_out = _settled((fallbacks.without(average, unbounded), out | unbounded))
-    outcome = lambda solution: (jnp.asarray(solution.eta).astype(dtype), solution.status < CubicStatus.UNBOUNDED)
-    if isinstance(rates, _rates.EdgeRates):
-        solution, out = _settled(rates(bounded, damping)), bounded_out
-        eta, found = outcome(solution)
-        solution = solution._replace(
-            status=jnp.where(found & jnp.any(unbounded), CubicStatus.UNBOUNDED, solution.status)
-        )
-    else:
-        solution = _settled(rates(average, damping))
-        eta, found = outcome(solution)
-        by_edge = lambda: (*outcome(_rates.edge_rates()(bounded, damping)), bounded_out)
-        fall_back = (without_rates | jnp.any(state.replaced)) & (solution.status == CubicStatus.UNBOUNDED)
-        eta, found, out = lax.cond(fall_back, by_edge, lambda: (eta, found, out))
-    found &= ~jnp.all(out) if out.size else True
-    settled = jnp.zeros((), bool)
-    if levelled:
-        steps = state.count - state.last_refresh
-        growth = annealing.growth(memory.average, state.eta, state.progress, steps, state.count)
-        settled = (state.count >= annealing.START) & (state.progress[1] > 0) & ~_all_zero(state.eta)
-        by_rule = jnp.where(found & ~out, eta, 0)
-        level, still_out = fallbacks.revived(state.eta, state.replaced, by_rule, average.gbar)
-        eta, found = jnp.where(settled, growth * level, eta), found | settled
-        out = jnp.where(settled, still_out, out)
-    accepted = usable & found & all_finite(eta)
-    replaced = jnp.where(accepted, out, state.replaced | without_rates)
-    eta = jnp.where(accepted, eta, state.eta)
-    stood_in = fallbacks.rates(eta, replaced, slope, lengths[0], state.start, lengths[1])
-    eta = jnp.where((accepted & ~settled) | (~accepted & without_rates), stood_in, eta)
-    partly = (solution.status < CubicStatus.UNBOUNDED) & (~whole | jnp.any(out))
-    status = jnp.where(usable, jnp.where(partly, CubicStatus.PARTLY_FINITE, solution.status), CubicStatus.NOT_FINITE)
-    state = state._replace(
-        eta=eta,
-        damping=jnp.where(jnp.isfinite(damping), damping, state.damping),
-        known=jnp.where(learnt, known, state.known),
-        replaced=replaced,
-        status=status.astype(jnp.int32),
-        refreshes=jnp.where(learnt & ~own, count, state.refreshes),
-        rejected=state.rejected + (~accepted).astype(jnp.int32),
-        uphill=state.uphill + (usable & (total(own_part(summary.gbar)) < 0)).astype(jnp.int32),
-        **memory._asdict(),
+def _initial(settings, partition, params):
+    dtype = summary_dtype(params, partition)
+    integer = lambda value: jnp.array(value, jnp.int32)
+    copies = lambda make: trees.copies(partition, params, make) if settings.delayed else None
+    S = partition.num_groups
+    memory = _memory.empty(S, dtype)
+    # No two fields share a buffer, so that the state can be donated.
+    return GroupedNewtonState(
+        count=integer(0),
+        rates=jnp.zeros(S, dtype),
+        caution=jnp.ones((), dtype),
+        losses=jnp.zeros(2, dtype),
+        direction=copies(jnp.zeros_like),
+        origin=copies(jnp.copy),
+        next_refresh=integer(0),
+        last_refresh=integer(0),
+        eta=jnp.zeros(S, dtype),
+        damping=jnp.array(settings.adaptive.initial if settings.adaptive else 0.0, dtype),
+        model_error=jnp.zeros((), dtype),
+        summary=memory.average,
+        recent=memory.recent,
+        progress=jnp.zeros(2, dtype),
+        known=jnp.zeros((2, S), bool),
+        replaced=jnp.zeros(S, bool),
+        status=integer(CubicStatus.SOLVED),
+        refreshes=integer(0),
+        rejected=integer(0),
+        uphill=integer(0),
+        start=trees.root_mean_squares(partition, params, dtype),
     )
-    return state, summary
 
 
-def _settled(numbers):
-    """The same numbers, computed here once: XLA fuses a chain of small operations into each of its readers.
-
-    Every leaf that is scaled by a rate would compute the whole rule anew, in a kernel of its own to be compiled.
-    """
-    return lax.optimization_barrier(numbers)
-
-
-def _all_zero(x):
-    return total(jnp.abs(x)) == 0
+def _watched(state, value):
+    """The state with the loss of this step in its averages; and whether it is a spike."""
+    losses, spike = spikes.observe(state.losses, value, state.count)
+    # After ten in a row that aren't finite they tell nothing, and gradients may be fine.
+    mute = spike & ~jnp.isfinite(value) & (state.caution <= _LEAST_CAUTION)
+    return state._replace(losses=jnp.where(mute, 0, losses)), spike & ~mute
 
 
-def _all_replaced(state):
-    """Whether there are rates, and none is the rule's."""
-    return ~_all_zero(state.eta) & _all_zero(jnp.where(state.replaced, 0, state.eta))
+def _next_refresh(refresh_every):
+    """From the step of a refresh to that of the next."""
+    if callable(refresh_every):
+        return lambda count: count + jnp.maximum(refresh_every(count), 1).astype(jnp.int32)
+    return lambda count: (count // refresh_every + 1) * refresh_every
 
 
 def resolve_groups(groups, params):
@@ -450,15 +274,12 @@ def check_update_arguments(params, value_fn):
 
 
 def _check_arguments(internal_damping, refresh_every, rates, summary_memory):
-    def known(value):
-        return not isinstance(value, jax.core.Tracer)
-
     fixed = not callable(internal_damping) and not isinstance(internal_damping, AdaptiveDamping)
-    if fixed and known(internal_damping) and not 0 <= internal_damping < float("inf"):
+    if fixed and not is_traced(internal_damping) and not 0 <= internal_damping < float("inf"):
         raise ValueError(f"internal_damping must be finite and at least 0, got {internal_damping!r}")
     if not callable(refresh_every):
         _rates.check_period("refresh_every", refresh_every)
-    if known(summary_memory) and (callable(summary_memory) or not 0 <= summary_memory <= 1):
+    if not is_traced(summary_memory) and (callable(summary_memory) or not 0 <= summary_memory <= 1):
         raise ValueError(f"summary_memory must be a share of the refreshes, in [0, 1], got {summary_memory!r}")
     if not callable(rates):
         raise TypeError(

@@ -67,7 +67,7 @@ tanh_summaries = summaries_of(models.tanh_loss)
 
 
 def recorded(state):
-    return gn.Summary(state.loss, state.gbar, state.hbar, state.third)
+    return state.summary
 
 
 def assert_summaries(found, expected, eps=EPS):
@@ -87,7 +87,7 @@ def check(loss, params, directions, states, batches, *, taken=range(STEPS), summ
     np.testing.assert_array_equal(states.refreshes[taken], np.arange(len(taken)))
     # And isn't that of the direction's own batch, by far.
     own = (summaries or summaries_of(loss))(at(params, now), at(directions, now), at(batches, now))
-    assert np.max(np.abs(own.gbar - states.gbar[now])) > 0.1 * np.max(np.abs(states.gbar[now]))
+    assert np.max(np.abs(own.gbar - states.summary.gbar[now])) > 0.1 * np.max(np.abs(states.summary.gbar[now]))
     assert np.all(np.isfinite(states.eta))
 
 
@@ -208,7 +208,7 @@ def test_the_first_summary_is_of_the_first_direction_itself_and_forgotten_at_the
     assert np.all(first.recent != second.recent)
     # From the third on it is an average of what counts.
     third = tanh_summaries(at(trained, slice(1, 2)), at(directions, slice(1, 2)), at(batches, slice(2, 3)))
-    assert np.any(np.abs(states.gbar[2] - third.gbar[0]) > 0.01 * np.max(np.abs(third.gbar)))
+    assert np.any(np.abs(states.summary.gbar[2] - third.gbar[0]) > 0.01 * np.max(np.abs(third.gbar)))
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan])
@@ -247,7 +247,7 @@ def test_slopes_on_a_fresh_batch_are_those_of_the_whole_and_those_on_the_directi
         def step(state, x):
             value_fn = lambda p: jnp.sum((p - x) ** 2) / 2
             state = tx.update(jax.grad(value_fn)(p), state, p, value_fn=value_fn)[1]
-            return state, state.gbar[0]
+            return state, state.summary.gbar[0]
 
         return jax.jit(lambda: lax.scan(step, tx.init(p), x)[1])()[1:]
 
@@ -270,7 +270,7 @@ def test_copies_have_the_dtypes_of_the_params(dtype):
         trained, directions, states = run(params, batches)
         for copy in (*tx.init(params)[0][-2:], states.direction, states.origin):
             assert {x.dtype for x in jax.tree.leaves(copy)} == {jnp.dtype(dtype)}
-        assert states.gbar.dtype == jnp.promote_types(dtype, jnp.float32)
+        assert states.summary.gbar.dtype == jnp.promote_types(dtype, jnp.float32)
         check(loss, trained, directions, states, batches)
 
 

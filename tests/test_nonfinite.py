@@ -33,7 +33,7 @@ def test_a_third_derivative_that_is_not_finite_counts_as_a_change_of_the_curvatu
     """h eta + lambda (h^2 / g) eta^2 / 2 = g with g = 1, h = 2; the power has the third derivative NaN at 0."""
     _, state = first_step(lambda p: p + p**2.0, jnp.zeros(()), jnp.ones(()))
     np.testing.assert_allclose(state.eta, (math.sqrt(3) - 1) / 2, rtol=16 * EPS)
-    assert (state.status, state.rejected, state.replaced[0], state.third[0]) == (PARTLY, 0, False, 0)
+    assert (state.status, state.rejected, state.replaced[0], state.summary.third[0]) == (PARTLY, 0, False, 0)
     np.testing.assert_array_equal(state.known[:, 0], [True, False])
 
 
@@ -113,13 +113,15 @@ def test_what_was_never_finite_is_not_in_the_averages_and_the_first_finite_one_s
         before, new, known = fallbacks.complete(kept, known, summary(*numbers))
         kept = memory.remember(before, new, jnp.int32(k + 1), 0.5, jnp.zeros(S))
         assert_finite(kept)
-        averages.append([kept.gbar[1], kept.hbar[1, 1], kept.hbar[0, 1], kept.third[1]])
+        averages.append([kept.average.gbar[1], kept.average.hbar[1, 1], kept.average.hbar[0, 1], kept.average.third[1]])
         knowns.append(known[:, 1].tolist())
     assert knowns == [[False, False]] * 2 + [[True, False]] + [[True, True]] * 3
     # Weights 1 / k: of three, of four, of five with the average for the missing, of six.
     expected = [[0, 0, 0, 0]] * 2 + [[4, 8, 2, 0], [5, 8, 2, 6], [5, 8, 2, 6], [29 / 6, 56 / 6, 14 / 6, 6]]
     np.testing.assert_allclose(averages, expected, rtol=16 * EPS)
-    np.testing.assert_allclose([kept.gbar[0], kept.hbar[0, 0], kept.third[0]], [1, 2, 0.5], rtol=16 * EPS)
+    np.testing.assert_allclose(
+        [kept.average.gbar[0], kept.average.hbar[0, 0], kept.average.third[0]], [1, 2, 0.5], rtol=16 * EPS
+    )
 
 
 def test_a_group_without_rate_gets_the_rules_once_there_is_one_at_the_level_of_the_others():

@@ -29,8 +29,7 @@ def test_each_line_is_its_groups_applied_rate(ax):
 
 def test_factors_over_time_scale_every_line_at_their_steps(ax):
     eta = np.array([[0.1, 3.0], [0.2, 2.0], [0.4, 1.0]])
-    caution, learning_rate = np.array([1.0, 0.5, 0.25]), np.array([8.0, 4.0, 0.0])
-    lines = plot_rates(ax, [10, 20, 30], eta, names(2), caution=caution, learning_rate=learning_rate)
+    lines = plot_rates(ax, [10, 20, 30], eta, names(2), learning_rate=np.array([8.0, 2.0, 0.0]))
     for s, line in enumerate(lines):
         assert line.get_ydata()[:2].tolist() == [8 * eta[0, s], 2 * eta[1, s]]
         assert np.isnan(line.get_ydata()[2])  # a schedule that ends at 0
@@ -91,9 +90,9 @@ def test_a_group_without_curvature_is_left_blank(ax):
         (lambda ax: plot_rates(ax, [1, 2, 3], [[0.1], [0.2]], names(1)), ValueError, r"\(3,\) and \(2, 1\)"),
         (lambda ax: plot_rates(ax, 1, [[0.1]], names(1)), ValueError, r"got shapes \(\)"),
         (
-            lambda ax: plot_rates(ax, [1], [[0.1, 0.2]], names(2), caution=np.ones(2)),
+            lambda ax: plot_rates(ax, [1], [[0.1, 0.2]], names(2), learning_rate=np.ones(2)),
             ValueError,
-            r"caution .* \(1,\) .*\(2,",
+            r"learning_rate .* \(1,\) .*\(2,",
         ),
         (lambda ax: plot_rates(ax.figure, [1], [[0.1]], names(1)), TypeError, "got Figure; figure.subplots"),
         (lambda ax: plot_curvature(ax, np.eye(2), names(3)), ValueError, r"got shape \(2, 2\) and 3 names"),

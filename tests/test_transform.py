@@ -176,7 +176,7 @@ def test_float64_params_have_float64_rates_and_updates(x64):
     tx, params = gn.scale_by_grouped_newton(), {"w": jnp.array([1.0, 2.0])}
     loss = lambda p: jnp.sum(p["w"] ** 2)
     updates, state = jax.jit(lambda p: tx.update(jax.grad(loss)(p), tx.init(p), p, value_fn=loss))(params)
-    assert {updates["w"].dtype, state.eta.dtype, state.hbar.dtype} == {jnp.dtype(jnp.float64)}
+    assert {updates["w"].dtype, state.eta.dtype, state.summary.hbar.dtype} == {jnp.dtype(jnp.float64)}
     np.testing.assert_allclose(updates["w"], params["w"], rtol=8 * 2.0**-52)
 
 
@@ -231,7 +231,7 @@ def look(params, batch, groups=gn.groups.per_module, loss=tanh_loss, along=None)
 
 
 def memory_of(state):
-    return memory.Memory(*(getattr(state, name) for name in memory.Memory._fields))
+    return memory.Memory(state.summary, state.recent)
 
 
 def walled_loss(params, batch):
@@ -280,7 +280,7 @@ def test_rates_equal_those_of_a_hand_written_loop(refresh_every, share, damping)
         assert_close(at(updates, k), expected, rtol=tolerance, atol=tolerance)
     assert len(np.unique(state.eta[:, 0])) == math.ceil(steps / refresh_every)
     assert np.all(state.eta > 0)
-    assert np.all(state.third >= 0)
+    assert np.all(state.summary.third >= 0)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,9 @@ def test_numbers_that_are_not_finite_are_kept_out_of_rates_and_average(column, b
     np.testing.assert_array_equal(state.refreshes, [0, 1, 1, 2, 3])
     not_finite, solved = gn.CubicStatus.NOT_FINITE, gn.CubicStatus.SOLVED
     np.testing.assert_array_equal(state.status, [not_finite, solved, not_finite, solved, solved])
-    average = np.stack([state.loss, state.gbar[:, 0], state.hbar[:, 0, 0], state.third[:, 0]], axis=-1)
+    average = np.stack(
+        [state.summary.loss, state.summary.gbar[:, 0], state.summary.hbar[:, 0, 0], state.summary.third[:, 0]], axis=-1
+    )
     np.testing.assert_allclose(average[1:], [[3.0, 1.0, 2.0, 0.5]] * 4, rtol=8 * EPS)
 
 

@@ -112,8 +112,25 @@ def summarize(
       of Higher-Order Derivatives, arXiv 2312.03885.
     """
     check_options(method, order, max_stack)
-    names, axes = sharding.names_of(axis_name), sharding.tracked_axes()
     partition = _groups.resolve(groups, params)
+    return summary_of(
+        value_fn, params, direction, partition, method=method, order=order, max_stack=max_stack, axis_name=axis_name
+    )
+
+
+def summary_of(
+    value_fn: Callable[[Any], jax.Array],
+    params: Any,
+    direction: Any,
+    partition: _groups.Partition,
+    *,
+    method: str = "sweep",
+    order: int = 3,
+    max_stack: int | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+) -> Summary:
+    """:func:`summarize` by a grouping that is resolved, with options that are checked."""
+    names, axes = sharding.names_of(axis_name), sharding.tracked_axes()
     dtype = summary_dtype(params, partition)
     theta, treedef = jax.tree.flatten(params)
     # Every device differentiates along its own copy: along a common one, adjoints would be added up over the devices.
