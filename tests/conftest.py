@@ -1,9 +1,17 @@
+import importlib.metadata
 import os
 
 # Small factorisations stall when many threads of several workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the tests' time is XLA's: half of it without the expensive passes. 0 compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# And half of the rest with the older emitters for the CPU, in the versions that still have them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_cpu_use_fusion_emitters=false"
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    and importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10."))
+    else ""
+)
 
 import jax
 import pytest

@@ -1095,7 +1095,7 @@ def test_value_fn_may_be_a_partial_a_jitted_function_or_a_bound_method():
     tx, params = gn.scale_by_grouped_newton(), {"p": jnp.ones(3)}
     losses = jax.jit(
         lambda scale: [
-            tx.update(params, tx.init(params), params, value_fn=f, scale=scale, unknown=0)[1].loss for f in callables
+            tx.update(params, tx.init(params), params, value_fn=f, scale=scale, unknown=0)[1].summary.loss for f in callables
         ]
     )(2.0)
     assert losses == [7.0] * len(callables)
@@ -1150,7 +1150,9 @@ def test_the_optimizer_hands_every_argument_on():
     run = lambda tx: jax.jit(functools.partial(train, tx, tanh_loss))(params, batches)
     trained, state, updates = run(tx)
     expected = run(by_hand)  # but for the direction's state, which has nothing of frozen leaves
-    assert_equal((trained, state[1:], updates), (expected[0], expected[1][1:], expected[2]))
+    # Two programs, whose kernels XLA may fuse in two ways.
+    found, expected = (trained, state[1:], updates), (expected[0], expected[1][1:], expected[2])
+    assert_close(found, expected, rtol=32 * EPS, atol=32 * EPS)
     # And the schedule is one of the step, a factor on all rates.
     velocity, rate = state[0].trace["out"]["b"], state[1].eta[:, 0]
     factor = jnp.array([schedule(k) for k in range(6)])
