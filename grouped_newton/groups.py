@@ -420,11 +420,11 @@ def _labels_of_leaves(label_tree, params):
     ends = _ends(params)
     paths = [path for path, is_leaf in ends if is_leaf]
     table = dict(zip(leaf_paths(label_tree), jax.tree.leaves(label_tree), strict=True))
-    used = set()
+    matched = set()
     labels = []
     for path, is_leaf in ends:
         prefix = next((path[:k] for k in range(len(path), -1, -1) if path[:k] in table), None)
-        used.add(prefix)
+        matched.add(prefix)
         if not is_leaf:
             continue  # None or an empty container: may have a label, needs none
         if prefix is None:
@@ -434,7 +434,7 @@ def _labels_of_leaves(label_tree, params):
                 " from the params"
             )
         labels.append(table[prefix])
-    unused = [path for path in table if path not in used]
+    unused = [path for path in table if path not in matched]
     if unused:
         raise ValueError(
             f"the label tree has a label at {_show(unused[0])}, where the params have no parameter; they have"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grouped_newton.derivatives.summary import Summary, zeros
+from grouped_newton.derivatives.summary import Summary, zero_summary
 from grouped_newton.numerics import total
 
 LEAST = 10.0  # summaries that an average over a share of them has at least
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
 def empty(num_groups: int, dtype: Any) -> Memory:
     """Nothing seen yet."""
-    return Memory(zeros(num_groups, dtype), jnp.zeros(num_groups, dtype))
+    return Memory(zero_summary(num_groups, dtype), jnp.zeros(num_groups, dtype))
 
 
 def remember(memory: Memory, new: Summary, count: jax.Array, share: Any, eta: jax.Array) -> Memory:

@@ -19,7 +19,7 @@ from grouped_newton import annealing, fallbacks, sharding, trees
 from grouped_newton import memory as _memory
 from grouped_newton.cubic import CubicStatus
 from grouped_newton.damping import AdaptiveDamping, model_error
-from grouped_newton.derivatives.rewrites import caller
+from grouped_newton.derivatives.rewrites import canonical_where_needed
 from grouped_newton.derivatives.summary import Summary, summary_of
 from grouped_newton.groups import Partition
 from grouped_newton.numerics import all_finite, all_zero, computed_once, total
@@ -140,7 +140,7 @@ def refresh(
     averaged_params: Any,
 ) -> GroupedNewtonState:
     """The state after a refresh, without its copies of direction and params."""
-    run = caller(lambda: loss_fn(params))
+    run = canonical_where_needed(lambda: loss_fn(params))
     loss_at = lambda x: sharding.mean(run(lambda: loss_fn(x)), settings.axis_name)
     first = state.count == 0
     u, theta = updates, params

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 _reshard = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard
 
 
-def laid_out(x: jax.Array, aval: Any) -> jax.Array:
+def with_sharding_of(x: jax.Array, aval: Any) -> jax.Array:
     """``x`` in the explicit sharding of ``aval``, its leading axes beyond those of ``aval`` whole on every device."""
     sharding = _explicit(aval)
     if sharding is None:
@@ -30,7 +30,7 @@ def laid_out(x: jax.Array, aval: Any) -> jax.Array:
     return x if here is not None and here.spec == spec else _reshard(x, NamedSharding(sharding.mesh, spec))
 
 
-def whole(x: jax.Array) -> NamedSharding | None:
+def replicated(x: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of a sum over divided axes of ``x``: None where no sharding is explicit."""
     sharding = _explicit(jax.typeof(x))
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
@@ -42,18 +42,18 @@ def on_a_mesh(*arrays: jax.Array) -> bool:
     return any(t is not AxisType.Manual for m in meshes if m is not None for t in m.axis_types)
 
 
-def zeros(aval: Any, dtype: Any = None, rows: int | None = None) -> jax.Array:
+def zeros_of(aval: Any, dtype: Any = None, rows: int | None = None) -> jax.Array:
     """Zeros of the type of ``aval``, or so many rows of them."""
     shape = aval.shape if rows is None else (rows, *aval.shape)
-    return vary(laid_out(jnp.zeros(shape, aval.dtype if dtype is None else dtype), aval), varying_axes(aval))
+    return pvary(with_sharding_of(jnp.zeros(shape, aval.dtype if dtype is None else dtype), aval), varying_axes(aval))
 
 
 def varying_axes(aval: Any) -> frozenset:
     """The axes of ``shard_map`` over which a value of this type is known to vary, kept elsewhere in later jax."""
     if hasattr(aval, "vma"):
         return aval.vma or frozenset()
-    kinds = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)
-    return getattr(kinds, "varying", frozenset())
+    axis_type = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)
+    return getattr(axis_type, "varying", frozenset())
 
 
 def tracked_axes() -> tuple:
@@ -62,7 +62,7 @@ def tracked_axes() -> tuple:
     return tuple(a for a in names if a in varying_axes(jax.typeof(lax.axis_index(a))))
 
 
-def vary(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
+def pvary(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
     """``x``, marked as varying over the axes as well."""
     missing = tuple(a for a in sorted(axes, key=str) if a not in varying_axes(jax.typeof(x)))
     if not missing:
@@ -73,16 +73,16 @@ def vary(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
 def in_parts(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
     """Parts of ``x`` that add up to it over the devices of the axes over which it doesn't vary."""
     missing = [a for a in axes if a not in varying_axes(jax.typeof(x))]
-    return vary(x / math.prod(map(lax.axis_size, missing)), missing) if missing else x
+    return pvary(x / math.prod(map(lax.axis_size, missing)), missing) if missing else x
 
 
 def mean(x: jax.Array, axis_name: Hashable | tuple | None) -> jax.Array:
     """The mean over the devices; of a number that is the same on all, that number."""
-    names = names_of(axis_name)
+    names = axis_names(axis_name)
     return lax.pmean(x, names) if names else x
 
 
-def names_of(axis_name: Hashable | tuple | None) -> tuple:
+def axis_names(axis_name: Hashable | tuple | None) -> tuple:
     """The names in an ``axis_name`` argument, or an error for one that no ``shard_map`` or ``pmap`` binds."""
     names = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
     for name in names:

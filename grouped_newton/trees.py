@@ -25,7 +25,7 @@ def copies(partition, tree, make, like=None):
 
     def kept(x, kind):
         kind = jax.typeof(kind)
-        return sharding.laid_out(jnp.array(make(x), kind.dtype), kind)  # not weakly typed
+        return sharding.with_sharding_of(jnp.array(make(x), kind.dtype), kind)  # not weakly typed
 
     pairs = partition.map(lambda kind, x: kept(x, kind), tree if like is None else like, tree)
     return without_frozen(partition, pairs)
@@ -52,7 +52,7 @@ def either(partition, condition, tree, kept):
     """``tree`` where the condition is true, and what was kept of it elsewhere."""
 
     def choose(x, y):
-        return jnp.where(condition, sharding.laid_out(jnp.asarray(x).astype(y.dtype), jax.typeof(y)), y)
+        return jnp.where(condition, sharding.with_sharding_of(jnp.asarray(x).astype(y.dtype), jax.typeof(y)), y)
 
     return partition.map(choose, tree, kept)
 

@@ -147,3 +147,26 @@ def test_a_group_that_is_not_finite_spoils_no_other():
     for numbers in (s.gbar[others], s.hbar[np.ix_(others, others)], s.third[others]):
         assert np.all(np.isfinite(numbers))
     assert not np.isfinite(s.third[1])
+
+
+def called_back(x):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def written_to_a_ref(x):
+    ref = jax.new_ref(jnp.zeros(x.shape))
+    ref[...] = x
+    return ref[...]
+
+
+@pytest.mark.parametrize(("fn", "primitive"), [(called_back, "pure_callback"), (written_to_a_ref, "swap")])
+@pytest.mark.parametrize("wrapper", [lambda f: f, jax.jit, lambda f: lambda x: jax.lax.map(f, x[None])])
+def test_an_error_names_the_equation_and_the_line_of_the_loss(fn, primitive, wrapper):
+    loss = lambda x: jnp.sum(wrapper(fn)(jnp.tanh(x)))
+    with pytest.raises((ValueError, NotImplementedError)) as caught:
+        gn.summarize(loss, jnp.ones(3), jnp.ones(3), gn.groups.single)
+    (note,) = (note for note in caught.value.__notes__ if note.startswith("In the equation"))
+    first = fn.__code__.co_firstlineno
+    lines = [f"{__file__}:{line} ({fn.__name__})" for line in range(first, first + 4)]
+    assert f"In the equation {primitive}(" in note or "In the equation new_ref(" in note
+    assert any(line in note for line in lines), note

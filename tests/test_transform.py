@@ -1095,7 +1095,8 @@ def test_value_fn_may_be_a_partial_a_jitted_function_or_a_bound_method():
     tx, params = gn.scale_by_grouped_newton(), {"p": jnp.ones(3)}
     losses = jax.jit(
         lambda scale: [
-            tx.update(params, tx.init(params), params, value_fn=f, scale=scale, unknown=0)[1].summary.loss for f in callables
+            tx.update(params, tx.init(params), params, value_fn=f, scale=scale, unknown=0)[1].summary.loss
+            for f in callables
         ]
     )(2.0)
     assert losses == [7.0] * len(callables)

@@ -85,7 +85,7 @@ def _transposed(f, at, along):
     z, pull = jax.vjp(f, *at)
     # For a linear map any cotangent will do. One that is linear only near zero, as clipping is, has a derivative next
     # to it; at zero itself a norm has none.
-    small = [sharding.zeros(jax.typeof(x)) + float(jnp.finfo(x.dtype).tiny) ** 0.25 for x in z]
+    small = [sharding.zeros_of(jax.typeof(x)) + float(jnp.finfo(x.dtype).tiny) ** 0.25 for x in z]
     return z, jax.vjp(pull, small)[1](along)[0]
 
 

@@ -1,5 +1,7 @@
 """Reading and evaluating jaxprs, by the equation."""
 
+import contextlib
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ CUSTOM_JVP, CUSTOM_VJP = {"custom_jvp_call"}, {"custom_vjp_call", "custom_vjp_ca
 CALLS = {"jit", "pjit", "closed_call", *REMAT}
 # How JAX spells these where they are classes instead of primitives, as with the flags jax_custom_vjp3 and jax_remat3.
 _SPELLINGS = {"RematTraced": "remat", "CustomJVPTraced": "custom_jvp_call", "CustomVJPTraced": "custom_vjp_call"}
+_NOTE = "In the equation"
+_OTHERS = (pathlib.Path(jax.__file__).parent, pathlib.Path(__file__).parents[1])  # whose lines are not the loss's
 
 
 def kind(eqn):
@@ -49,12 +53,13 @@ def is_jaxpr(x):
     return isinstance(x, JAXPRS)
 
 
-def uses_refs(eqn):
-    """Whether an equation, or one that it holds, has a mutable array among its operands and results."""
+def with_a_ref(eqn):
+    """The equation, or the first in it, that has a mutable array among its operands and results; None without."""
     if kind(eqn) == "pallas_call":  # a kernel's own
-        return False
-    variables = (v for e in (eqn, *(e for b in bodies(eqn) for e in equations(b))) for v in (*e.invars, *e.outvars))
-    return any("Ref" in type(v.aval).__name__ for v in variables)
+        return None
+    inside = (e for b in bodies(eqn) for e in equations(b))
+    has_ref = lambda e: any("Ref" in type(v.aval).__name__ for v in (*e.invars, *e.outvars))
+    return next(filter(has_ref, (*inside, eqn)), None)
 
 
 def evaluate(eqn, jaxpr, values):
@@ -103,6 +108,37 @@ def likeness(eqns: Sequence, invars: Sequence, outvars: Sequence) -> Any:
 def _literal(v):
     value = np.asarray(v.val)
     return v.aval, value.dtype, value.tobytes()
+
+
+@contextlib.contextmanager
+def named_in_errors(eqns: Sequence):
+    """Adds to an error which equation it comes from, and from which line of the loss."""
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{_NOTE} {'; '.join(map(_described, eqns[:3]))}")
+        raise
+
+
+def _described(eqn):
+    types = lambda variables: ", ".join(v.aval.str_short() for v in variables)
+    return f"{kind(eqn)}({types(eqn.invars)}) -> {types(eqn.outvars)}{_source_line(eqn)}"
+
+
+def _source_line(eqn):
+    """Where the loss makes an equation: the innermost line that is neither JAX's nor ours; nothing where it is lost."""
+    with contextlib.suppress(Exception):  # there is no public reader of source information
+        traceback = eqn.source_info.traceback.as_python_traceback()
+        lines = []
+        while traceback is not None:
+            code = traceback.tb_frame.f_code
+            lines.append((code.co_filename, traceback.tb_lineno, code.co_name))
+            traceback = traceback.tb_next
+        for file, line, function in reversed(lines):
+            if not any(pathlib.Path(file).is_relative_to(room) for room in _OTHERS):
+                return f", {file}:{line} ({function})"
+    return ""
 
 
 def live_equations(jaxpr, given=()):

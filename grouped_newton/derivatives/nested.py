@@ -28,7 +28,7 @@ def nested(loss, theta, u, partition, dtype, order):
         """<v, u>_t for every group t, of a v that is zero outside ``leaves``."""
         products = [jnp.zeros((), dtype)] * len(theta)
         for i, v in zip(leaves, values, strict=True):
-            products[i] = _inner(v, u[i], dtype)
+            products[i] = jnp.sum(v.astype(dtype) * u[i].astype(dtype))  # not subject to matmul precision
         return partition.sums(products, dtype)
 
     value, gbar, rows, third = None, None, [], []
@@ -61,8 +61,3 @@ def _third_derivative(f, theta, u):
         return lambda x: jax.jvp(g, (x,), (u,))[1]
 
     return derivative(derivative(derivative(f)))(theta)
-
-
-def _inner(a, b, dtype):
-    """<a, b>, accumulated in ``dtype``; a sum of products is not subject to matmul precision."""
-    return jnp.sum(a.astype(dtype) * b.astype(dtype))

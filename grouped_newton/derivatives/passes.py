@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grouped_newton import sharding
-from grouped_newton.derivatives.jaxprs import evaluate, read
+from grouped_newton.derivatives.jaxprs import evaluate, named_in_errors, read
 from grouped_newton.derivatives.program import Program
 from grouped_newton.derivatives.rules import bilinear, general, linear, named_values, restricted, unary
 from grouped_newton.derivatives.stacks import Stack, in_room, spread_or_zero, wide, with_room, within
@@ -44,7 +44,7 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
     ct: dict = {}
 
     def accumulate(v, value):
-        value = sharding.laid_out(value.astype(wide(value.dtype)), v.aval)
+        value = sharding.with_sharding_of(value.astype(wide(value.dtype)), v.aval)
         ct[v] = ct[v] + value if v in ct else value
 
     for v, value in cotangents:
@@ -52,7 +52,7 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
     made = {v for node in program.nodes for v in node.outs} | wanted
     for node in reversed(program.nodes):
         for v in node.outs:
-            ct.setdefault(v, sharding.zeros(v.aval, wide(v.aval.dtype)))
+            ct.setdefault(v, sharding.zeros_of(v.aval, wide(v.aval.dtype)))
         targets = [i for i, v in enumerate(node.active) if v in made]
         if node.kind == "scan":
             pulled = _scan_adjoint(node, env, ct, targets)
@@ -61,7 +61,8 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
         elif node.kind == "unary":
             pulled = [_unary_derivatives(program, node, env, 1)[0] * ct[node.outs[0]]]
         else:
-            pulled = _pulled(program, node, env, [ct[v] for v in node.outs], targets)
+            with named_in_errors(node.eqns):
+                pulled = _pulled(program, node, env, [ct[v] for v in node.outs], targets)
         for i, value in zip(targets, pulled, strict=True):
             accumulate(node.active[i], value)
     return ct
@@ -83,7 +84,8 @@ def tangent(program, env, ct, first, second, sums, order):
             x1, x2 = sums.settled(x1, x2)
             first.update((v, x) for v, x in zip(node.active, x1, strict=True) if x is not None)
             second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
-        outs1, outs2 = _ruled(program, node, env, ct, x1, x2, sums, order)
+        with named_in_errors(node.eqns):
+            outs1, outs2 = _ruled(program, node, env, ct, x1, x2, sums, order)
         for v, z1, z2 in zip(node.outs, outs1, outs2, strict=True):
             reached[v] = slots
             if z1 is not None:
@@ -123,7 +125,7 @@ def _ruled(program, node, env, ct, x1, x2, sums, order):
     places = [x and tuple(place[s] for s in x.slots) for x in (*x1, *x2)]
     what = "tangent", order, *places
     # What of the outputs is no array, kept when the rule is traced.
-    found_at, terms = program.known.setdefault((node.fn, what, "places"), ([], []))
+    found_at, terms = program.cache.setdefault((node.fn, what, "places"), ([], []))
 
     def make():
         def ruled(values, ct, derivatives, arrays):
@@ -150,9 +152,9 @@ def _once(program, node, what, make):
     """``make()``, a function of arrays, traced once for all nodes that are the same function."""
     if not node.repeats:
         return make()
-    if (node.fn, what) not in program.known:
-        program.known[node.fn, what] = jax.jit(make(), inline=True)
-    return program.known[node.fn, what]
+    if (node.fn, what) not in program.cache:
+        program.cache[node.fn, what] = jax.jit(make(), inline=True)
+    return program.cache[node.fn, what]
 
 
 def _values(node, env):
@@ -174,7 +176,7 @@ def _derivative(node, k):
         inside = named_values(node, values)
         fn = restricted(node, inside, [0])
         x = inside[node.active[0]]
-        ones = sharding.laid_out(jnp.ones_like(x), jax.typeof(x))
+        ones = sharding.with_sharding_of(jnp.ones_like(x), jax.typeof(x))
         f = lambda x: fn([x])[0]
         for _ in range(k + 1):
             f = lambda x, f=f: jax.jvp(f, (x,), (ones,))[1]
@@ -221,7 +223,7 @@ def _scan_adjoint(node, env, ct, targets):
     invars = scan.body.jaxpr.invars
     wanted = frozenset(invars[i] for i in {*positions, *carried})
     out_ct = dict(zip(scan.results, (ct[v] for v in node.outs), strict=True))
-    zero = lambda i: sharding.zeros(invars[i].aval, wide(invars[i].aval.dtype))
+    zero = lambda i: sharding.zeros_of(invars[i].aval, wide(invars[i].aval.dtype))
     ct_carry = {i: out_ct.get(i - scan.num_consts, zero(i)) for i in carried}
     ct_consts = {i: zero(i) for i in positions if i < scan.num_consts}
     ct_ys = {o: value for o, value in out_ct.items() if o >= scan.num_carry}

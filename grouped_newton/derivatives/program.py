@@ -35,6 +35,7 @@ from grouped_newton.derivatives.jaxprs import (
     kind,
     likeness,
     live_equations,
+    named_in_errors,
     replaced,
     variable,
 )
@@ -57,6 +58,7 @@ class Node(NamedTuple):
     active: tuple
     inactive: tuple
     outs: tuple
+    eqns: tuple  # that it was made of
     scan: Any = None
     joint: bool = False  # its operands are to be perturbed together
     repeats: bool = False  # ``fn`` is that of all nodes which are the same function
@@ -70,7 +72,7 @@ class Program(NamedTuple):
     nodes: list
     scans: dict[int, Node]  # by number of the equation
     active_outs: list[bool]
-    known: dict  # what is found out once for all nodes that are the same function
+    cache: dict  # what is found out once for all nodes that are the same function
 
 
 class Scan(NamedTuple):
@@ -127,9 +129,9 @@ class Scan(NamedTuple):
                 return {v: tuple(sorted(slots)) for v, slots in sets.items()}
 
 
-def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Program:
-    """Opens the calls of a closed jaxpr and sorts its equations into nodes; of equal ones one is ``known`` for all."""
-    known = {} if known is None else known
+def build(closed: Any, active: Sequence[bool], cache: dict | None = None) -> Program:
+    """Opens the calls of a closed jaxpr and sorts its equations into nodes; of equal ones all is found out once."""
+    cache = {} if cache is None else cache
     closed = open_calls(closed, active)
     jaxpr = closed.jaxpr
     eqns = live_equations(jaxpr)
@@ -143,7 +145,7 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
     def materialise(v):
         """Gives a value that is an elementwise function of its root a node of its own; False if it has no tangent."""
         if root[v] is not v:
-            node = _node(jaxpr, [eqns[k] for k in sorted(chain.pop(v))], [root[v]], [v], known, elementwise=True)
+            node = _node(jaxpr, [eqns[k] for k in sorted(chain.pop(v))], [root[v]], [v], cache, elementwise=True)
             if node is None:
                 del root[v]
                 return False
@@ -168,7 +170,7 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
                 materialise(outs[0])
             continue
         if eqn.primitive.name == "scan":
-            node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars], known)
+            node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars], cache)
         else:
             group = [eqn]
             if elementwise:  # a broadcast operand stays small: the broadcast becomes a part of the node
@@ -176,7 +178,7 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
                     if v in maker and eqns[maker[v]].primitive.name == "broadcast_in_dim":
                         group.insert(0, eqns[maker[v]])
                         operands[i] = eqns[maker[v]].invars[0]
-            node = _node(jaxpr, group, list(dict.fromkeys(operands)), outs, known)
+            node = _node(jaxpr, group, list(dict.fromkeys(operands)), outs, cache)
         if node is not None:
             nodes.append(node)
             root.update((v, v) for v in node.outs)
@@ -184,7 +186,7 @@ def build(closed: Any, active: Sequence[bool], known: dict | None = None) -> Pro
                 scans[k] = node
     active_outs = [not isinstance(v, jex.Literal) and v in root and materialise(v) for v in jaxpr.outvars]
     nodes = _live_nodes(nodes, jaxpr.outvars)
-    return Program(jaxpr.replace(eqns=eqns), closed.consts, nodes, scans, active_outs, known)
+    return Program(jaxpr.replace(eqns=eqns), closed.consts, nodes, scans, active_outs, cache)
 
 
 def _tangent_carriers(eqns, outvars):
@@ -206,20 +208,21 @@ def _live_nodes(nodes, outvars):
     return kept[::-1]
 
 
-def _node(jaxpr, eqns, active, outs, known, elementwise=False):
+def _node(jaxpr, eqns, active, outs, cache, elementwise=False):
     """A node from equations; None if no output depends on an active operand."""
     inside = {v for eqn in eqns for v in eqn.outvars}
     operands = dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal))
     inactive = [v for v in operands if v not in inside and v not in active]
     alike = likeness(eqns, [*active, *inactive], outs)
     key = alike or object(), len(active), elementwise
-    if key not in known:
-        known[key] = _sorted(jaxpr, eqns, active, inactive, outs, elementwise)
-    how, fn, kept, joint = known[key]
+    if key not in cache:
+        with named_in_errors(eqns):
+            cache[key] = _sorted(jaxpr, eqns, active, inactive, outs, elementwise)
+    how, fn, kept, joint = cache[key]
     if not kept:
         return None
     outs = tuple(outs[o] for o in kept)
-    return Node(how, fn, tuple(active), tuple(inactive), outs, joint=joint, repeats=alike is not None)
+    return Node(how, fn, tuple(active), tuple(inactive), outs, tuple(eqns), joint=joint, repeats=alike is not None)
 
 
 def _sorted(jaxpr, eqns, active, inactive, outs, elementwise):
@@ -338,14 +341,14 @@ def _rule_keeps_places(eqn, jaxpr, order):
     return all(_keeps_places(e, traced, order - 1) for e in (*tangent, *of_value))
 
 
-def _scan_node(eqn, active, known):
+def _scan_node(eqn, active, cache):
     closed = eqn.params["jaxpr"]
     outer = lambda vs, inner: sum(a.aval.ndim > b.aval.ndim for a, b in zip(vs, inner, strict=True))
     num_carry = len(eqn.outvars) - outer(eqn.outvars, closed.jaxpr.outvars)
     num_consts = len(eqn.invars) - outer(eqn.invars, closed.jaxpr.invars) - num_carry
     active = list(active)
     while True:  # a carry is active if it starts so or becomes so
-        body = build(closed, active, known)
+        body = build(closed, active, cache)
         grown = list(active)
         for k in range(num_carry):
             grown[num_consts + k] |= body.active_outs[k]
@@ -367,6 +370,7 @@ def _scan_node(eqn, active, known):
         tuple(variable(eqn.invars[i]) for i in operands),
         (),
         tuple(eqn.outvars[o] for o in results),
+        (eqn,),
         scan,
     )
 

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grouped_newton.derivatives.jaxprs import CALLS, body, evaluate, holds, is_half, kind, read, uses_refs, variable
+from grouped_newton.derivatives.jaxprs import (
+    CALLS,
+    body,
+    evaluate,
+    holds,
+    is_half,
+    kind,
+    named_in_errors,
+    read,
+    variable,
+    with_a_ref,
+)
 
 # They would be found out too, but late: a value read only by them would get tangents, and chains would end there.
 CONSTANT = {"stop_gradient", "sign", "floor", "ceil", "round"}
@@ -35,8 +46,9 @@ def open_calls(closed, active=None):
                 outs, out_flags = opened(closed.jaxpr, closed.consts, values, flags)
             else:
                 moves = any(flags) and eqn.primitive.name not in CONSTANT
-                if moves and uses_refs(eqn):
-                    raise NotImplementedError(_REFS)
+                if moves and (culprit := with_a_ref(eqn)):
+                    with named_in_errors([culprit]):
+                        raise NotImplementedError(_REFS)
                 out_flags = [moves] * len(eqn.outvars)
                 # 1 / y leaves the range of half precision where x / y doesn't.
                 if eqn.primitive.name == "div" and flags[1] and not is_half(eqn.outvars[0].aval):
@@ -83,7 +95,7 @@ def max_over_windows(window_dimensions, window_strides, padding, base_dilation, 
 # XLA does the same inside branches and loops (jax 0.8 to 0.12 don't).
 
 
-def caller(loss: Callable[[], Any]) -> Callable[[Callable[[], Any]], Any]:
+def canonical_where_needed(loss: Callable[[], Any]) -> Callable[[Callable[[], Any]], Any]:
     """What calls functions made of ``loss()``: on the CPU, if that has convolutions, with all of theirs canonical."""
     needed = jax.default_backend() == "cpu" and holds(jax.make_jaxpr(loss)().jaxpr, {"conv_general_dilated"})
     return canonical if needed else lambda fn: fn()

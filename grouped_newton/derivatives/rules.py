@@ -28,7 +28,7 @@ def _pushed(node, env, stacks):
         fn = restricted(node, env, targets)
         X = [spread_or_zero(stacks[i], slots, node.active[i]) for i in targets]
         rows = map_rows(lambda *dx, fn=fn, at=at: jax.jvp(lambda *xs: fn(xs), at, dx)[1], *X)
-        pushed = [Stack(slots, sharding.laid_out(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
+        pushed = [Stack(slots, sharding.with_sharding_of(z, v.aval)) for z, v in zip(rows, node.outs, strict=True)]
         outs = [add(z, dz) for z, dz in zip(outs, pushed, strict=True)]
     return outs
 
@@ -126,7 +126,7 @@ def general(node, env, ct, x1, x2, sums, order):
         return [Stack(slots, z) for z in z1], [None] * len(node.outs)
     X2 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x2, node.active, strict=True))
     d2 = lambda x, dx, ddx: jax.jvp(d1, (x, dx), (dx, ddx))
-    zero = tuple(sharding.zeros(v.aval) for v in node.active)
+    zero = tuple(sharding.zeros_of(v.aval) for v in node.active)
 
     def derivatives(dx, ddx):
         (z1, z2), (_, z3) = jax.jvp(d2, (at, dx, ddx), (dx, ddx, zero))

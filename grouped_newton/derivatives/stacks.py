@@ -87,11 +87,11 @@ def spread(stack, slots):
         pad = [(start, len(slots) - start - len(stack.slots), 0)] + [(0, 0, 0)] * (stack.array.ndim - 1)
         return lax.pad(stack.array, jnp.zeros((), stack.array.dtype), pad)
     where = jnp.array([slots.index(s) for s in stack.slots])
-    return sharding.zeros(jax.typeof(stack.array[0]), rows=len(slots)).at[where].set(stack.array)
+    return sharding.zeros_of(jax.typeof(stack.array[0]), rows=len(slots)).at[where].set(stack.array)
 
 
 def spread_or_zero(stack, slots, v):
-    return sharding.zeros(v.aval, rows=len(slots)) if stack is None else spread(stack, slots)
+    return sharding.zeros_of(v.aval, rows=len(slots)) if stack is None else spread(stack, slots)
 
 
 def select(stack, slots):
@@ -122,7 +122,7 @@ def gram(x, y):
     dtype = jnp.promote_types(wide(x.dtype), wide(y.dtype))
     x, y = x.astype(dtype), y.astype(dtype)
     if sharding.on_a_mesh(x, y):  # flat, an array that is divided along its inner axes would be gathered
-        y, whole = sharding.laid_out(y, jax.typeof(x)), sharding.whole(x)
+        y, whole = sharding.with_sharding_of(y, jax.typeof(x)), sharding.replicated(x)
     else:
         x, y, whole = x.reshape(len(x), -1), y.reshape(len(y), -1), None
     axes = tuple(range(1, x.ndim))
@@ -146,7 +146,7 @@ def placed(slots, values, num_groups):
     everything = tuple(range(num_groups))
     starts = [_contiguous(r, everything) for r in slots]
     if None in starts:
-        zero = sharding.vary(
+        zero = sharding.pvary(
             jnp.zeros((num_groups,) * len(slots), values.dtype), sharding.varying_axes(jax.typeof(values))
         )
         return zero.at[jnp.ix_(*map(jnp.array, slots))].set(values)

@@ -130,13 +130,13 @@ def summary_of(
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> Summary:
     """:func:`summarize` by a grouping that is resolved, with options that are checked."""
-    names, axes = sharding.names_of(axis_name), sharding.tracked_axes()
+    names, axes = sharding.axis_names(axis_name), sharding.tracked_axes()
     dtype = summary_dtype(params, partition)
     theta, treedef = jax.tree.flatten(params)
     # Every device differentiates along its own copy: along a common one, adjoints would be added up over the devices.
-    theta = [x if g < 0 else sharding.vary(jnp.asarray(x), axes) for x, g in zip(theta, partition.index, strict=True)]
+    theta = [x if g < 0 else sharding.pvary(jnp.asarray(x), axes) for x, g in zip(theta, partition.index, strict=True)]
     u = [
-        d if g < 0 else sharding.vary(sharding.laid_out(d, jax.typeof(x)), axes)
+        d if g < 0 else sharding.pvary(sharding.with_sharding_of(d, jax.typeof(x)), axes)
         for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
     ]
     loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
@@ -179,7 +179,7 @@ def check_options(method: str, order: int, max_stack: int | None) -> None:
         raise ValueError(f'max_stack bounds the tangents of method="sweep", got it with method={method!r}')
 
 
-def zeros(num_groups: int, dtype: Any) -> Summary:
+def zero_summary(num_groups: int, dtype: Any) -> Summary:
     """A summary of zeros."""
     z = lambda *shape: jnp.zeros(shape, dtype)
     return Summary(z(), z(num_groups), z(num_groups, num_groups), z(num_groups))

@@ -68,5 +68,5 @@ class Sums:
         for (term, slots), values in zip(self.terms, self.values, strict=True):
             if term == name:
                 alike.setdefault(slots, []).append(values)
-        zero = sharding.vary(jnp.zeros(shape, self.dtype), self.axes)
+        zero = sharding.pvary(jnp.zeros(shape, self.dtype), self.axes)
         return sum_few([zero, *(placed(slots, sum_few(values), self.num_groups) for slots, values in alike.items())])

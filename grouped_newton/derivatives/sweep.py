@@ -79,7 +79,7 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
     half = any(is_half(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars)
     wanted = frozenset(program.jaxpr.invars if half else ())
     axes = sharding.tracked_axes()
-    seed = sharding.vary(jnp.ones((), value.dtype), sharding.varying_axes(jax.typeof(value)))
+    seed = sharding.pvary(jnp.ones((), value.dtype), sharding.varying_axes(jax.typeof(value)))
     ct = adjoint(program, env, [(out, seed)], wanted) if program.active_outs[0] else {}
 
     def one_pass(slots, order, u):
