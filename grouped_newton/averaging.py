@@ -124,7 +124,9 @@ def averaged(state: Any, params: Any) -> Any:
     if len(average) != len(leaves) or not all(map(fits, average, leaves)):
         raise ValueError("the average in the state is of other parameters than these; give those of the training step")
     pairs = zip(average, leaves, strict=True)
-    return treedef.unflatten([x if _is_masked(a) else jnp.asarray(a).astype(jnp.result_type(x)) for a, x in pairs])
+    return jax.tree.unflatten(
+        treedef, [x if _is_masked(a) else jnp.asarray(a).astype(jnp.result_type(x)) for a, x in pairs]
+    )
 
 
 def _is_masked(x):

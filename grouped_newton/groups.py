@@ -44,7 +44,7 @@ class Partition(NamedTuple):
       paths: the path of each leaf, as ``a/b/c``.
     """
 
-    index: tuple[int, ...]
+    index: tuple[int, ...]  # type: ignore[assignment]  # a tuple's own index() is not needed
     names: tuple[str, ...]
     paths: tuple[str, ...]
 
@@ -91,7 +91,7 @@ class Partition(NamedTuple):
         leaves, treedef = jax.tree.flatten(tree)
         moving = [iter([x for x in self.leaves(other) if x is not None]) for other in others]
         new = [x if g < 0 else fn(x, *map(next, moving)) for x, g in zip(leaves, self.index_in(tree), strict=True)]
-        return treedef.unflatten(new)
+        return jax.tree.unflatten(treedef, new)
 
     def sums(self, values: Sequence[jax.Array], dtype: Any) -> jax.Array:
         """Adds one number per leaf up over each group: shape (S,)."""
@@ -116,7 +116,7 @@ class Partition(NamedTuple):
             return (factors[g].astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
 
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten([scaled(g, x) for g, x in zip(self.index_in(tree), leaves, strict=True)])
+        return jax.tree.unflatten(treedef, [scaled(g, x) for g, x in zip(self.index_in(tree), leaves, strict=True)])
 
 
 def resolve(groups: Grouping, params: Any) -> Partition:
@@ -212,7 +212,7 @@ def _ends(tree):
 
 
 def _is_childless(node):
-    structure = jax.tree.structure(node)
+    structure: Any = jax.tree.structure(node)
     return structure.num_nodes == 1 and structure.num_leaves == 0
 
 
@@ -299,7 +299,7 @@ def per_module(*args: Any, max_groups: int = 16) -> Any:
     if len(args) > 1:
         raise TypeError(f"per_module takes the params alone, got {len(args)} positional arguments")
     if args and isinstance(args[0], numbers.Integral):  # per_module(8); a Python int is no parameter
-        args, max_groups = (), args[0]
+        max_groups, args = int(args[0]), ()
     _check_count("max_groups", max_groups)
     if not args:
         return functools.partial(per_module, max_groups=max_groups)
@@ -400,7 +400,7 @@ def by_depth(n: int) -> Callable[[Any], Any]:
 
 
 def _label_tree(params, labels):
-    return jax.tree.structure(params).unflatten(labels)
+    return jax.tree.unflatten(jax.tree.structure(params), labels)
 
 
 def _label_tree_of(groups, params):
@@ -520,7 +520,7 @@ def _block_name(block):
 
 def _distinct(names):
     """The names, with a number behind those that came before."""
-    seen = collections.Counter()
+    seen: collections.Counter[str] = collections.Counter()
     distinct = []
     for name in names:
         seen[name] += 1

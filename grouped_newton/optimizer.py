@@ -150,4 +150,4 @@ def _put_back(partition, moved, updates):
     new = iter(jax.tree.leaves(moved))
     leaves, treedef = jax.tree.flatten(updates)
     pairs = zip(leaves, partition.index_in(updates), strict=True)
-    return treedef.unflatten([_groups.still(x) if g < 0 else next(new) for x, g in pairs])
+    return jax.tree.unflatten(treedef, [_groups.still(x) if g < 0 else next(new) for x, g in pairs])

@@ -60,7 +60,7 @@ class GroupedNewtonState(NamedTuple):
     """
 
     # Of every step.
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple's own count() is not needed
     rates: jax.Array
     caution: jax.Array
     losses: jax.Array

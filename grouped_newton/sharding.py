@@ -9,7 +9,7 @@ tracking every device holds its own copy of everything, and the mean over the de
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import jax
@@ -62,15 +62,16 @@ def tracked_axes() -> tuple:
     return tuple(a for a in names if a in varying_axes(jax.typeof(lax.axis_index(a))))
 
 
-def pvary(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
+def pvary(x: jax.Array, axes: Collection[Hashable]) -> jax.Array:
     """``x``, marked as varying over the axes as well."""
     missing = tuple(a for a in sorted(axes, key=str) if a not in varying_axes(jax.typeof(x)))
     if not missing:
         return x
-    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+    older: Any = lax
+    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else older.pvary(x, missing)
 
 
-def in_parts(x: jax.Array, axes: Sequence[Hashable]) -> jax.Array:
+def in_parts(x: jax.Array, axes: Collection[Hashable]) -> jax.Array:
     """Parts of ``x`` that add up to it over the devices of the axes over which it doesn't vary."""
     missing = [a for a in axes if a not in varying_axes(jax.typeof(x))]
     return pvary(x / math.prod(map(lax.axis_size, missing)), missing) if missing else x

@@ -37,7 +37,7 @@ def without_frozen(partition, tree, like=None):
     if len(leaves) != len(partition.index):
         leaves, treedef = partition.leaves(tree), jax.tree.structure(like)
     pairs = zip(leaves, partition.index, strict=True)
-    return treedef.unflatten([optax.MaskedNode() if g < 0 else x for x, g in pairs])
+    return jax.tree.unflatten(treedef, [optax.MaskedNode() if g < 0 else x for x, g in pairs])
 
 
 def root_mean_squares(partition, tree, dtype, axis_name=None):

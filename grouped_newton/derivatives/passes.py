@@ -177,9 +177,10 @@ def _derivative(node, k):
         fn = restricted(node, inside, [0])
         x = inside[node.active[0]]
         ones = sharding.with_sharding_of(jnp.ones_like(x), jax.typeof(x))
+        slope = lambda f: lambda x: jax.jvp(f, (x,), (ones,))[1]
         f = lambda x: fn([x])[0]
         for _ in range(k + 1):
-            f = lambda x, f=f: jax.jvp(f, (x,), (ones,))[1]
+            f = slope(f)
         value = f(x)
         return lax.optimization_barrier(value.astype(wide(value.dtype)))
 

@@ -54,7 +54,7 @@ class Node(NamedTuple):
     """A piece of the program: ``outs = fn(active values, inactive values)``."""
 
     kind: str
-    fn: Callable
+    fn: Callable | None  # of a scan none
     active: tuple
     inactive: tuple
     outs: tuple

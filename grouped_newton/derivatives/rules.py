@@ -40,7 +40,7 @@ def _together(node, stacks):
         return []
     if node.joint:
         return [range(len(node.active))]
-    alike = {}
+    alike: dict[tuple, list] = {}
     for i in moving:
         alike.setdefault(stacks[i].slots, []).append(i)
     small = sum(v.aval.size for v in node.active) <= sum(v.aval.size for v in node.outs)

@@ -139,7 +139,7 @@ def summary_of(
         d if g < 0 else sharding.pvary(sharding.with_sharding_of(d, jax.typeof(x)), axes)
         for d, x, g in zip(matching_leaves(direction, params, partition), theta, partition.index, strict=True)
     ]
-    loss_of_leaves = lambda leaves: real_scalar(value_fn(treedef.unflatten(leaves)), dtype)
+    loss_of_leaves = lambda leaves: real_scalar(value_fn(jax.tree.unflatten(treedef, leaves)), dtype)
     moving = [i for i, g in enumerate(partition.index) if g >= 0]
     restricted = lambda values: loss_of_leaves(replaced(theta, moving, values))
     traced = lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])

@@ -1,5 +1,7 @@
 """The sums of a sweep's local terms."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -64,7 +66,7 @@ class Sums:
         return [self._total(name, shape) for name, shape in (("gbar", (S,)), ("hbar", (S, S)), ("third", (S,)))]
 
     def _total(self, name, shape):
-        alike = {}
+        alike: dict[Any, list] = {}
         for (term, slots), values in zip(self.terms, self.values, strict=True):
             if term == name:
                 alike.setdefault(slots, []).append(values)
