@@ -344,6 +344,7 @@ def _rule_keeps_places(eqn, jaxpr, order):
 def _scan_node(eqn, active, cache):
     closed = eqn.params["jaxpr"]
     outer = lambda vs, inner: sum(a.aval.ndim > b.aval.ndim for a, b in zip(vs, inner, strict=True))
+    # By shapes: what jax 0.10 has as num_consts and num_carry is hidden in ft_in and ft_out by jax 0.12.
     num_carry = len(eqn.outvars) - outer(eqn.outvars, closed.jaxpr.outvars)
     num_consts = len(eqn.invars) - outer(eqn.invars, closed.jaxpr.invars) - num_carry
     active = list(active)
