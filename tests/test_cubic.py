@@ -11,7 +11,6 @@ from oracles import certify_cubic, cubic_model, definiteness_without_cubic, mini
 
 from grouped_newton import CubicStatus, solve_cubic
 from grouped_newton.cubic import solve_decoupled
-from grouped_newton.numerics import folded
 
 SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE, _ = CubicStatus
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
@@ -210,15 +209,6 @@ def test_decoupled_groups_whose_pole_is_out_of_range_on_the_left(S):
     h = jnp.full(S, np.sqrt(np.finfo(jnp.result_type(float)).max), jnp.result_type(float))
     solution = jax.jit(solve_decoupled)(h, h, h**-0.5 / 8, 1.0)
     np.testing.assert_allclose(solution.eta, 1.0, rtol=1e-6)
-
-
-@pytest.mark.parametrize("n", range(6))
-def test_folding_takes_every_number_and_the_identity_once(n):
-    x = 1 + jnp.arange(float(n))
-    assert folded(jnp.add, x, 0) == n * (n + 1) / 2
-    assert folded(jnp.maximum, -x, 0) == 0
-    assert folded(jnp.maximum, x, 0) == n
-    assert folded(jnp.minimum, x, 3) == min(3, *x) if n else folded(jnp.minimum, x, 3) == 3
 
 
 def numerically_singular(S):

@@ -1,20 +1,18 @@
 """On every model of the benchmarks, made small: the sweep is the definition, and finite differences of the loss."""
 
 import functools
-import importlib
 import itertools
-import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import imported
 
 import grouped_newton as gn
 from grouped_newton.groups import resolve
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 POOL = "pool"
 
@@ -31,16 +29,6 @@ SIZES = {
 }
 # Made small, these are another one again, but for its groups.
 SAME = ("mlp, a group a layer", "transformer, 12 scanned")
-
-
-def imported(*names):
-    """Scripts of the benchmarks; they import each other by name, and ``models`` is also a module of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        for name in names:
-            patch.setitem(sys.modules, name, None)
-            del sys.modules[name]
-        return [importlib.import_module(name) for name in names]
 
 
 models, costs = imported("models", "summary")

@@ -1,21 +1,17 @@
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scripts import imported
 
 import grouped_newton as gn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import training
-import workloads
+workloads, training = imported("workloads", "training")
 
 TWO = ("noisy table", "noisy regression, fast")
 FEW = {name: training.OPTIMIZERS[name] for name in ("adamw, cosine", "schedule-free adamw", "grouped_newton")}
