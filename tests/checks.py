@@ -31,6 +31,18 @@ def assert_close(a, b, rtol, atol=0.0):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
+def assert_close_by_largest(a, b, tol):
+    """Every array to a tolerance relative to its own largest entry."""
+
+    def check(path, a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape
+        atol = tol * max(np.max(np.abs(b), initial=0), 1e-30)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, a, b)
+
+
 def only_grouped_newton(state):
     """Our state within another."""
     is_ours = lambda x: isinstance(x, gn.GroupedNewtonState)

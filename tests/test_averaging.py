@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import assert_close, assert_equal
 from flax import nnx, serialization
 from jax import lax
 
@@ -43,7 +44,7 @@ def test_average_is_that_of_a_plain_loop_and_updates_pass_unchanged(precision, f
     updates = {"w": shifts(30), "b": shifts(30, (), 1)}
     params = {"w": jnp.ones(3), "b": jnp.zeros(())}
     trained, state, out = jax.jit(lambda p: walk(gn.average_params(fraction), p, updates))(params)
-    jax.tree.map(np.testing.assert_array_equal, out, updates)
+    assert_equal(out, updates)
     np.testing.assert_array_equal(state.averaged, np.arange(1, 31))
     for name in params:
         theta, average = np.asarray(trained[name], float), np.asarray(params[name], float)
@@ -99,7 +100,7 @@ def test_leaves_that_are_not_floating_point_stay_as_they_were():
     _, state = jax.jit(tx.update)(updates, tx.init(params), params)
     averaged = gn.eval_params(state, params)
     assert jax.tree.map(lambda x: x.dtype, averaged) == jax.tree.map(lambda x: x.dtype, params)
-    jax.tree.map(np.testing.assert_array_equal, averaged, {**params, "w": 2 * params["w"]})
+    assert_equal(averaged, {**params, "w": 2 * params["w"]})
 
 
 def test_params_may_be_numbers():
@@ -148,7 +149,7 @@ def test_average_is_found_in_any_nesting(name):
     params = {"a": jnp.array([3.0, -1.0]), "b": jnp.array([[2.0]])}
     final, state, average = train(NESTINGS[name](), params)
     found = gn.eval_params(state, final)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), found, average)
+    assert_close(found, average, rtol=0, atol=1e-5)
     assert not np.allclose(found["a"], final["a"], rtol=0, atol=1e-4)
 
 
@@ -175,7 +176,7 @@ def test_average_is_found_in_the_state_of_an_nnx_optimizer():
     params = nnx.state(model, nnx.Param)
     found = gn.eval_params(optimizer.opt_state, params)
     assert jax.tree.structure(found) == jax.tree.structure(params)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found, average)
+    assert_close(found, average, rtol=0, atol=1e-6)
     nnx.update(model, found)
     np.testing.assert_array_equal(loss(model), loss(nnx.merge(nnx.graphdef(model), found)))
 
@@ -251,7 +252,7 @@ def test_runs_by_jit_by_scan_and_from_a_checkpoint_have_the_same_average():
 
 def assert_same_average(a, b, rtol):
     averages = [jax.jit(gn.eval_params)(state, params) for params, state in (a, b)]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol), *averages)
+    assert_close(*averages, rtol=rtol)
 
 
 def test_update_keeps_shapes_dtypes_and_weak_types(precision):

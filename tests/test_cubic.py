@@ -1,4 +1,5 @@
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -10,11 +11,10 @@ from oracles import certify_cubic, cubic_model, definiteness_without_cubic, mini
 
 from grouped_newton import CubicStatus, solve_cubic
 from grouped_newton.cubic import solve_decoupled
-from grouped_newton.numerics import folded
 
 SOLVED, HARD_CASE, UNBOUNDED, NOT_FINITE, _ = CubicStatus
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
-INSTANCES = {1: 100, 2: 100, 3: 100, 6: 100, 42: 6, 256: 1}  # S: of each case
+INSTANCES = {1: 100, 3: 100, 6: 100, 42: 6, 256: 1}  # S: of each case
 ROUNDING = 16  # in units of S eps: what M, and whether H is definite on ker D, are known to
 CASES = (
     "definite",
@@ -32,6 +32,7 @@ CASES = (
 
 solve_each = jax.jit(jax.vmap(solve_cubic))
 solve_one = jax.jit(solve_cubic)
+solve_each_decoupled = jax.jit(jax.vmap(solve_decoupled))
 
 
 def instances(case, S, N, rng):
@@ -177,12 +178,12 @@ def test_status_tells_which_case(S, precision):
     assert np.all(curvature[of_case("hard", S)] < ROUNDING)
 
 
-@pytest.mark.parametrize("S", INSTANCES)
+@pytest.mark.parametrize("S", [1, 6])
 def test_a_diagonal_curvature_is_solved_without_the_matrix(S, precision):
     (g, H, d, lam), _ = solved(S)
     diagonal = np.einsum("nii->ni", H)
     H = np.einsum("ni,ij->nij", diagonal, np.eye(S, dtype=H.dtype))
-    eta, radius, status = map(np.asarray, jax.jit(jax.vmap(solve_decoupled))(g, diagonal, d, lam))
+    eta, radius, status = map(np.asarray, solve_each_decoupled(g, diagonal, d, lam))
     found = status < UNBOUNDED
     certificate = certify_cubic(*(x[found] for x in (g, H, d, lam)), eta[found], radius[found])
     assert np.max(certificate.residual) < ROUNDING
@@ -193,32 +194,21 @@ def test_a_diagonal_curvature_is_solved_without_the_matrix(S, precision):
     assert np.all(eta[~found] == 0)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("where", range(4))
-def test_not_finite_input_of_decoupled_groups_is_told(where, bad):
-    problem = [jnp.ones(2), jnp.ones(2), jnp.ones(2), jnp.ones(())]
-    problem[where] = problem[where].at[(0,) * problem[where].ndim].set(bad)
-    solution = solve_decoupled(*problem)
-    assert solution.status == NOT_FINITE
+def test_not_finite_input_of_decoupled_groups_is_told():
+    problems = [np.ones((8, 2)), np.ones((8, 2)), np.ones((8, 2)), np.ones((8, 1))]
+    for i, (where, bad) in enumerate(itertools.product(range(4), (np.nan, np.inf))):
+        problems[where][i, 0] = bad
+    solution = solve_each_decoupled(*arrays(*problems[:3], problems[3][:, 0]))
+    np.testing.assert_array_equal(solution.status, NOT_FINITE)
     np.testing.assert_array_equal(solution.eta, 0.0)
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 4])
+@pytest.mark.parametrize("S", [1, 4])
 def test_decoupled_groups_whose_pole_is_out_of_range_on_the_left(S):
     """h / d^2 overflows; the cubic term is next to nothing."""
-    with np.errstate(over="ignore"):
-        h = jnp.full(S, np.sqrt(np.finfo(jnp.result_type(float)).max), jnp.result_type(float))
-    solution = solve_decoupled(h, h, h**-0.5 / 8, 1.0)
+    h = jnp.full(S, np.sqrt(np.finfo(jnp.result_type(float)).max), jnp.result_type(float))
+    solution = jax.jit(solve_decoupled)(h, h, h**-0.5 / 8, 1.0)
     np.testing.assert_allclose(solution.eta, 1.0, rtol=1e-6)
-
-
-@pytest.mark.parametrize("n", range(6))
-def test_folding_takes_every_number_and_the_identity_once(n):
-    x = 1 + jnp.arange(float(n))
-    assert folded(jnp.add, x, 0) == n * (n + 1) / 2
-    assert folded(jnp.maximum, -x, 0) == 0
-    assert folded(jnp.maximum, x, 0) == n
-    assert folded(jnp.minimum, x, 3) == min(3, *x) if n else folded(jnp.minimum, x, 3) == 3
 
 
 def numerically_singular(S):
@@ -229,7 +219,7 @@ def numerically_singular(S):
     return [x.astype(jnp.result_type(float)) for x in problems]
 
 
-@pytest.mark.parametrize("S", [2, 6])
+@pytest.mark.parametrize("S", [3, 6])
 def test_numbers_stay_finite_where_rounding_decides(S, precision):
     eta, radius, status = map(np.asarray, solve_each(*numerically_singular(S)))
     assert np.all(np.isfinite(eta))
@@ -238,14 +228,14 @@ def test_numbers_stay_finite_where_rounding_decides(S, precision):
     assert np.mean(status == UNBOUNDED) < 0.01
 
 
-@pytest.mark.parametrize("S", [2, 6])
+@pytest.mark.parametrize("S", [3, 6])
 def test_singular_curvature_without_damping_has_no_minimum(S, precision):
     g, H, d, lam = numerically_singular(S)
     for problem in ((g, H, d, 0 * lam), (g, H, 0 * d, lam)):
         assert np.all(solve_each(*problem).status == UNBOUNDED)
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 6])
+@pytest.mark.parametrize("S", [1, 3, 6])
 def test_agrees_with_sixty_digits(S, precision):
     problems, (eta, radius, status) = solved(S)
     decided = abs(definiteness_without_cubic(*problems)) > ROUNDING
@@ -284,7 +274,7 @@ def _relative_error_in_eta(g, H, d, lam, eta, exact, eps):
     )
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 6, 42])
+@pytest.mark.parametrize("S", [1, 3, 6, 42])
 def test_rescaled_groups_give_the_same_bits(S, precision):
     problems, (eta, radius, status) = solved(S)
     a = (2.0 ** np.random.default_rng(S).integers(-20, 21, problems[0].shape)).astype(eta.dtype)

@@ -81,12 +81,13 @@ def check(loss, params, directions, states, batches, *, taken=range(STEPS), summ
     """Every summary in the states is that of the step taken before, on the batch of its own step."""
     taken = np.array(taken)
     before, now = taken[:-1], taken[1:]
-    expected = (summaries or summaries_of(loss))(at(params, before), at(directions, before), at(batches, now))
+    summaries = summaries or summaries_of(loss)
+    expected = summaries(at(params, before), at(directions, before), at(batches, now))
     assert_summaries(recorded(at(states, now)), expected, eps)
     np.testing.assert_array_equal(states.count[taken], np.arange(1, len(taken) + 1))
     np.testing.assert_array_equal(states.refreshes[taken], np.arange(len(taken)))
     # And isn't that of the direction's own batch, by far.
-    own = (summaries or summaries_of(loss))(at(params, now), at(directions, now), at(batches, now))
+    own = summaries(at(params, now), at(directions, now), at(batches, now))
     assert np.max(np.abs(own.gbar - states.summary.gbar[now])) > 0.1 * np.max(np.abs(states.summary.gbar[now]))
     assert np.all(np.isfinite(states.eta))
 
@@ -111,11 +112,6 @@ def after(*transforms):
 descent = optax.scale(-0.5)
 EVEN = lambda step: step % 2 == 0
 AROUND = {
-    "a plain chain": Around(after(descent)),
-    "a learning rate and a schedule": Around(
-        after(optax.scale_by_learning_rate(0.9), optax.scale_by_schedule(optax.linear_schedule(0.9, 0.1, STEPS)))
-    ),
-    "clipping after ours": Around(after(descent, optax.clip_by_global_norm(0.05))),
     "weight decay after ours": Around(after(optax.add_decayed_weights(0.3), descent)),
     "a line search after ours": Around(after(optax.scale(-1.0), optax.scale_by_backtracking_linesearch(8))),
     "params changed by the caller": Around(
@@ -131,10 +127,6 @@ AROUND = {
     ),
     "a step that isn't finite": Around(
         lambda tx: optax.apply_if_finite(optax.chain(tx, descent), 3), taken=lambda k: k != 4, bad=4
-    ),
-    "steps left out": Around(
-        lambda tx: optax.conditionally_mask(optax.chain(tx, descent), lambda step: step % 3 != 1),
-        taken=lambda k: k % 3 != 1,
     ),
     "steps by the gradient": Around(
         lambda tx: optax.chain(
@@ -259,7 +251,7 @@ def test_slopes_on_a_fresh_batch_are_those_of_the_whole_and_those_on_the_directi
 # --- dtypes and kinds of leaves ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_copies_have_the_dtypes_of_the_params(dtype):
     with jax.enable_x64(dtype == "float64"):
         params, batches = models.tanh_params(dtype=dtype), models.regression_batches(STEPS, dtype="float32")

@@ -15,6 +15,7 @@ import models
 import numpy as np
 import optax
 import pytest
+from checks import assert_close_by_largest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,17 +36,6 @@ def enough_devices():
 def mesh_of(shape, names, axis_type=AxisType.Auto):
     devices = np.array(jax.devices("cpu")[: math.prod(shape)]).reshape(shape)
     return jax.sharding.Mesh(devices, names, axis_types=(axis_type,) * len(names))
-
-
-def assert_close(actual, expected, rtol):
-    """Equal within ``rtol`` of each array's largest entry."""
-
-    def check(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.max(np.abs(b), initial=0.0), 1e-30))
-
-    jax.tree.map(check, actual, expected)
 
 
 # --- jit with sharded arrays ---------------------------------------------------------------------
@@ -77,9 +67,7 @@ def specs(data, model):
 
 
 LAYOUTS = {
-    "data parallel": ((8,), (DATA,), specs(None, None)),
     "fully sharded": ((8,), (DATA,), specs(DATA, None)),
-    "tensor parallel": ((8,), (MODEL,), specs(None, MODEL)),
     "two axes": ((4, 2), (DATA, MODEL), specs(DATA, MODEL)),
 }
 
@@ -157,15 +145,15 @@ def on_a_mesh(layout, axis_type, run, attends):
         return jax.jit(functools.partial(run, loss=loss))(params, put(tokens, batch), put(labels, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "axis_type"),
-    [(layout, AxisType.Explicit) for layout in LAYOUTS]
-    + [(layout, AxisType.Auto) for layout in ("data parallel", "fully sharded", "two axes")],
+    [("two axes", AxisType.Explicit), ("two axes", AxisType.Auto), ("fully sharded", AxisType.Explicit)],
 )
 def test_training_on_a_mesh_is_training_on_one_device(x64, layout, axis_type):
     params, state = on_a_mesh(layout, axis_type, train, attends=False)
     # Adam's direction divides by gradients; rounding there is amplified, and twice by a rate.
-    assert_close((params, state), trained_on_one_device(), rtol=1e7 * EPS64)
+    assert_close_by_largest((params, state), trained_on_one_device(), 1e7 * EPS64)
     ours = next(s for s in state if isinstance(s, gn.GroupedNewtonState))
     for leaf in ours._replace(direction=None, origin=None):
         assert leaf is None or leaf.sharding.is_fully_replicated
@@ -175,13 +163,14 @@ def test_training_on_a_mesh_is_training_on_one_device(x64, layout, axis_type):
     assert ours.hbar.shape == (len(jax.tree.leaves(params)),) * 2
 
 
+@pytest.mark.slow
 def test_the_summary_with_attention_on_two_explicit_axes_is_that_of_one_device(x64):
     def summary(params, tokens, labels, loss):
         direction = jax.tree.map(jnp.cos, params)
         return gn.summarize(lambda p: loss(p, tokens[0], labels[0]), params, direction, order=2)
 
     expected = jax.jit(functools.partial(summary, loss=network_loss))(*network_problem(attends=True))
-    assert_close(on_a_mesh("two axes", AxisType.Explicit, summary, attends=True), expected, rtol=1e4 * EPS64)
+    assert_close_by_largest(on_a_mesh("two axes", AxisType.Explicit, summary, attends=True), expected, 1e4 * EPS64)
 
 
 # --- shard_map and pmap with axis_name ------------------------------------------------------------
@@ -229,22 +218,20 @@ DIVIDED = (P(), P(), P(DATA), P(DATA))
 
 
 @functools.cache
-def summary_of_the_whole_batch(method, log):
+def summary_of_the_whole_batch(log):
+    """By the definition."""
     params, direction, x, y = local_problem()
     value_fn = lambda p: jnp.log(synced_loss(p, x, y)) if log else synced_loss(p, x, y)
-    return jax.jit(lambda p, u: gn.summarize(value_fn, p, u, method=method))(params, direction)
+    return jax.jit(lambda p, u: gn.summarize(value_fn, p, u, method="nested"))(params, direction)
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "averages_itself"),
     [
-        ("sweep", "tracked", False),
         ("sweep", "tracked", True),
         ("sweep", "untracked", False),
-        ("sweep", "untracked", True),
         ("sweep", "pmap", True),
         ("nested", "tracked", True),
-        ("nested", "untracked", True),
     ],
 )
 def test_local_losses_give_the_summary_of_their_mean(x64, method, kind, averages_itself):
@@ -261,8 +248,8 @@ def test_local_losses_give_the_summary_of_their_mean(x64, method, kind, averages
             value_fn = lambda p: synced_loss(p, x, y, mean)
         return gn.summarize(value_fn, params, direction, method=method, axis_name=DATA)
 
-    expected = summary_of_the_whole_batch(method, averages_itself)
-    assert_close(on_every_device(local, kind, DATA, DIVIDED)(params, direction, x, y), expected, rtol=1e3 * EPS64)
+    expected = summary_of_the_whole_batch(averages_itself)
+    assert_close_by_largest(on_every_device(local, kind, DATA, DIVIDED)(params, direction, x, y), expected, 1e4 * EPS64)
 
 
 def plain_loss(params, x, y):
@@ -270,8 +257,7 @@ def plain_loss(params, x, y):
     return jnp.mean((jnp.sin(hidden @ params["c"][0]) @ params["d"] - y) ** 2)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_a_step_with_convolutions_on_a_divided_batch_is_that_of_one_device(x64, axis_type):
+def test_a_step_with_convolutions_on_a_divided_batch_is_that_of_one_device(x64):
     """A refresh takes them in another layout, in which shardings are permuted too."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (8, 3, 6, 6))
@@ -288,35 +274,36 @@ def test_a_step_with_convolutions_on_a_divided_batch_is_that_of_one_device(x64, 
         value, grads = jax.value_and_grad(loss)(params, x)
         return tx.update(grads, tx.init(params), params, value=value, value_fn=lambda p: loss(p, x))
 
-    mesh = mesh_of((8,), (DATA,), axis_type)
-    with jax.set_mesh(mesh):
-        whole, divided = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((params, P()), (x, P(DATA))))
-        found = step(whole, divided)
-    assert_close(found, step(params, x), rtol=1e4 * EPS64)
+    expected = step(params, x)
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of((8,), (DATA,), axis_type)
+        with jax.set_mesh(mesh):
+            whole, divided = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((params, P()), (x, P(DATA))))
+            assert_close_by_largest(step(whole, divided), expected, 1e4 * EPS64)
 
 
-@pytest.mark.parametrize("kind", ["tracked", "untracked", "pmap"])
-def test_training_on_local_batches_is_training_on_the_whole_batch(x64, kind):
+def train_in_data_parallel(params, _, x, y, axis_name=None, averages_gradients=False):
+    tx = gn.grouped_newton(1.0, gn.groups.per_tensor, refresh_every=2, axis_name=axis_name)
+    mean = lambda p: lax.pmean(plain_loss(p, x, y), axis_name) if axis_name else plain_loss(p, x, y)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(mean)(params)
+        grads = lax.pmean(grads, axis_name) if averages_gradients else grads
+        local = lambda p: plain_loss(p, x, y)
+        updates, state = tx.update(grads, state, params, value_fn=local, value=local(params))
+        return (optax.apply_updates(params, updates), state), None
+
+    return lax.scan(step, (params, tx.init(params)), length=6)[0]
+
+
+def test_training_on_local_batches_is_training_on_the_whole_batch(x64):
     params, _, x, y = local_problem()
-
-    def train(params, _, x, y, axis_name=None):
-        tx = gn.grouped_newton(1.0, gn.groups.per_tensor, refresh_every=2, axis_name=axis_name)
-        mean = lambda p: lax.pmean(plain_loss(p, x, y), axis_name) if axis_name else plain_loss(p, x, y)
-
-        def step(carry, _):
-            params, state = carry
-            grads = jax.grad(mean)(params)
-            if kind != "tracked" and axis_name:  # there the transpose of a sum over devices is a sum over devices
-                grads = lax.pmean(grads, axis_name)
-            local = lambda p: plain_loss(p, x, y)
-            updates, state = tx.update(grads, state, params, value_fn=local, value=local(params))
-            return (optax.apply_updates(params, updates), state), None
-
-        return lax.scan(step, (params, tx.init(params)), length=6)[0]
-
-    expected = jax.jit(train)(params, params, x, y)
-    found = on_every_device(functools.partial(train, axis_name=DATA), kind, DATA, DIVIDED)(params, params, x, y)
-    assert_close(found, expected, rtol=1e7 * EPS64)
+    expected = jax.jit(train_in_data_parallel)(params, params, x, y)
+    for kind in ("tracked", "untracked", "pmap"):
+        # But for check_vma, the transpose of a sum over devices is a sum over devices.
+        run = functools.partial(train_in_data_parallel, axis_name=DATA, averages_gradients=kind != "tracked")
+        assert_close_by_largest(on_every_device(run, kind, DATA, DIVIDED)(params, params, x, y), expected, 1e7 * EPS64)
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -344,7 +331,7 @@ def test_parameters_divided_by_hand_give_the_summary_of_the_whole(x64, check_vma
     args = (places, places, P(DATA), P(DATA))
     # The summary is the same everywhere, which is what the empty specification asserts under check_vma.
     mapped = jax.shard_map(local, mesh=mesh, in_specs=args, out_specs=P(), check_vma=check_vma)
-    assert_close(jax.jit(mapped)(params, direction, x, y), expected, rtol=1e3 * EPS64)
+    assert_close_by_largest(jax.jit(mapped)(params, direction, x, y), expected, 1e3 * EPS64)
 
 
 def test_a_bad_number_of_the_direction_stops_its_own_step_alone():
@@ -442,8 +429,9 @@ def test_a_refresh_in_data_parallel_sends_no_parameters():
     assert sum(size for _, size in sweep) <= 3 * SUMMARY_SIZE
 
 
-@pytest.mark.parametrize("loss", [dense_loss, in_half], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "check_vma"), [(dense_loss, False), (in_half, True)], ids=["float32", "bfloat16, check_vma"]
+)
 def test_a_refresh_with_an_axis_name_is_one_all_reduce_of_the_summary(loss, check_vma):
     def sharded(*args):
         local = summary_of(loss, axis_name=DATA)
@@ -464,6 +452,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_numbers_of_one():
     def start(*args):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -484,4 +473,4 @@ def test_two_processes_train_to_the_numbers_of_one():
         (line,) = (line for line in output.splitlines() if line.startswith("RESULT"))
         found.append(np.array([float.fromhex(word) for word in line.split()[1:]]))
     np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_allclose(found[0], found[2], rtol=1e6 * EPS64)
+    np.testing.assert_allclose(found[0], found[2], 1e6 * EPS64)

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 START = DOCS / "getting_started.md"
-MODULES = sorted(path.stem for path in (ROOT / "grouped_newton").glob("*.py"))
+MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "grouped_newton").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OPTIONAL = ("equinox",)  # not a dependency of the tests
 
@@ -75,6 +75,7 @@ def trace_one_update(tx, params, loss_of, batch, **_):
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, value=value_fn(p), value_fn=value_fn), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in PAGES if "```python" in read(path)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(path):
     run_page(path)
@@ -126,7 +127,7 @@ def test_every_page_can_be_reached_from_the_readme():
     assert {name_of(p) for p in PAGES if p.resolve() not in seen} <= {"docs/index.md", "docs/api.md"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory):
     """The site, built without a network and with warnings as errors."""
     folder = tmp_path_factory.mktemp("site")
@@ -138,6 +139,7 @@ def site(tmp_path_factory):
     return folder / "html"
 
 
+@pytest.mark.slow
 def test_the_site_has_every_page_and_notebook(site):
     pages = [path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")]
     pages += [pathlib.Path("notebooks") / f"{path.stem}.html" for path in NOTEBOOKS]
@@ -145,6 +147,7 @@ def test_the_site_has_every_page_and_notebook(site):
     assert (site / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_every_public_name_is_on_the_site(site):
     reference = (site / "api.html").read_text(encoding="utf-8")
     named = set(re.findall(r"gn\.groups\.(\w+)", "".join(map(read, PAGES))))
@@ -154,10 +157,11 @@ def test_every_public_name_is_on_the_site(site):
     assert [name for name in names if f'id="{name}"' not in reference] == []
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_run(name):
-    module = importlib.import_module("grouped_newton" if name == "__init__" else f"grouped_newton.{name}")
-    assert doctest.testmod(module).failed == 0
+@pytest.mark.slow
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_docstring_examples_run(path):
+    name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_every_public_function_has_an_example():
@@ -169,6 +173,7 @@ def test_every_public_function_has_an_example():
     assert {f.__name__ for f in functions if not doctest.DocTestParser().get_examples(f.__doc__ or "")} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("STEPS", "20")

@@ -25,6 +25,7 @@ def run_example(request, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_short_run_prints_a_table_and_writes_a_picture(run_example, tmp_path, capsys):
     picture = tmp_path / "new folder" / "picture.png"
     run_example("--steps", 12, "--seed", 1, "--out", picture)
@@ -47,6 +48,7 @@ def test_digits_are_evaluated_at_the_average_where_there_is_one():
     assert evaluated(optax.adam(1e-3).init(start), params).tolist() == [2.0]
 
 
+@pytest.mark.slow
 def test_digits_draw_the_curvature_along_the_last_step_from_where_it_began():
     """Summed over all layers it is the second derivative along the whole direction."""
     (path,) = (path for path in EXAMPLES if path.stem == "digits")

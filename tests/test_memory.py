@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close_by_largest, assert_equal, assert_finite, at
 from jax import lax
 
 import grouped_newton as gn
@@ -23,10 +24,6 @@ def stream(count, S=3, seed=11):
     root = draw(S, S)
     numbers = Summary(draw(), 1 + draw(S), root @ root.swapaxes(1, 2) + np.eye(S), draw(S))
     return jax.tree.map(jnp.asarray, numbers)
-
-
-def at(tree, k):
-    return jax.tree.map(lambda x: x[k], tree)
 
 
 def scaled(summaries, a):
@@ -63,20 +60,6 @@ def plain_memory(summaries, share, eta):
     return Memory(Summary(loss[-1], g, H, T), recent)
 
 
-def assert_close(actual, expected, tolerance):
-    """Every array to a tolerance relative to its own largest entry."""
-
-    def close(a, e):
-        assert np.shape(a) == np.shape(e)
-        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.max(np.abs(e), initial=0.0))
-
-    jax.tree.map(close, actual, expected)
-
-
-def assert_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 @jax.jit
 @jax.vmap
 def rates(memory):
@@ -93,7 +76,7 @@ def test_the_memory_is_that_of_a_plain_loop(precision, share):
     summaries, eta = scaled(stream(60), np.exp(2 * np.sin(np.arange(60) / 7))), np.array([0.5, 2.0, 0.1])
     found = at(memories(summaries, share, jnp.asarray(eta)), -1)
     # Sixty roundings, and the quotients of sums that c is.
-    assert_close(found, plain_memory(summaries, share, eta), 64 * precision)
+    assert_close_by_largest(found, plain_memory(summaries, share, eta), 64 * precision)
     assert {x.dtype for x in jax.tree.leaves(found)} == {summaries.gbar.dtype}
 
 
@@ -107,7 +90,7 @@ def test_at_constant_curvature_the_average_is_the_weighted_mean_with_the_latest_
     found = at(memories(summaries, share, jnp.ones(3)), -1)
     mean = lambda x: np.tensordot(weights, np.asarray(x, np.float64), axes=1)
     expected = Summary(summaries.loss[-1], *(mean(x) for x in (summaries.gbar, summaries.hbar, abs(summaries.third))))
-    assert_close(found.average, expected, 70 * precision)
+    assert_close_by_largest(found.average, expected, 70 * precision)
     assert found.average.loss == summaries.loss[-1]
 
 
@@ -133,7 +116,7 @@ def test_a_constant_stream_is_its_own_average(precision, share):
     one = at(stream(1), 0)
     constant = jax.tree.map(lambda x: jnp.broadcast_to(x, (30, *x.shape)), one)
     found = at(memories(constant, share, jnp.ones(3)), -1)
-    assert_close(found.average, one._replace(third=jnp.abs(one.third)), 64 * precision)
+    assert_close_by_largest(found.average, one._replace(third=jnp.abs(one.third)), 64 * precision)
     assert np.any(one.third < 0)
 
 
@@ -204,7 +187,7 @@ def test_a_summary_of_zeros_and_rates_of_zero_leave_the_memory_finite():
     zero = jax.tree.map(jnp.zeros_like, stream(10))
     for summaries, eta in ((zero, jnp.ones(3)), (stream(10), jnp.zeros(3))):
         found = memories(summaries, 0.3, eta)
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
+        assert_finite(found)
 
 
 # --- how long it remembers -------------------------------------------------------------------------
@@ -235,7 +218,7 @@ def test_memories_vmap_over_shares_and_streams(precision):
     shares = jnp.array([0.0, 0.3])
     together = jax.vmap(memories, in_axes=(0, 0, None))(streams, shares, jnp.ones(3))
     for k in range(2):
-        assert_close(at(together, k), memories(at(streams, k), shares[k], jnp.ones(3)), 16 * precision)
+        assert_close_by_largest(at(together, k), memories(at(streams, k), shares[k], jnp.ones(3)), 16 * precision)
 
 
 def test_dtypes_are_kept_and_nothing_is_weak(x64):

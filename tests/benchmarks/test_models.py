@@ -1,20 +1,18 @@
 """On every model of the benchmarks, made small: the sweep is the definition, and finite differences of the loss."""
 
 import functools
-import importlib
 import itertools
-import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import imported
 
 import grouped_newton as gn
 from grouped_newton.groups import resolve
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 POOL = "pool"
 
@@ -22,31 +20,18 @@ SIZES = {
     "mlp": {"widths": (7, 9, 6, 5, 4), "batch": 8},
     "mlp, a group a layer": {"widths": (7, 9, 6, 5, 4), "batch": 8},
     "lenet": {"channels": (2, 3, 5, 4), "size": 16, "batch": 3},
-    "mlp 20 x 1024": {"widths": (7, *[6] * 20, 4), "batch": 8},
+    "mlp 20 x 1024": {"widths": (7, *[6] * 7, 4), "batch": 8},
     "vgg-11": {"plan": (2, POOL, 3, 3, POOL, 4, 4, POOL), "size": 8, "batch": 3},
     "transformer, 4 blocks": {"layers": 2, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
     "transformer, 4 scanned": {"layers": 2, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
-    "transformer, 12 scanned": {"layers": 3, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
+    "transformer, 12 scanned": {"layers": 2, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
     "resnet-18, batch norm": {"channels": (2, 3), "size": 8, "batch": 3},
 }
-
-
-def imported(*names):
-    """Scripts of the benchmarks; they import each other by name, and ``models`` is also a module of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        for name in names:
-            patch.setitem(sys.modules, name, None)
-            del sys.modules[name]
-        return [importlib.import_module(name) for name in names]
+# Made small, these are another one again, but for its groups.
+SAME = ("mlp, a group a layer", "transformer, 12 scanned")
 
 
 models, costs = imported("models", "summary")
-
-
-@pytest.fixture(scope="module", params=SIZES)
-def name(request):
-    return request.param
 
 
 def small(name):
@@ -80,15 +65,18 @@ def assert_same(found, expected, tol):
 def jets(model, direction, along, at):
     """phi(t v) and its first three derivatives in t, by nested jvps; for pairs of v in ``along`` and t in ``at``."""
     partition = resolve(model.groups, model.params)
-    d = lambda f: lambda t: jax.jvp(f, (t,), (1.0,))[1]
+    d = lambda f: lambda t: jax.jvp(f, (t,), (1.0,))  # and f itself
 
     def jet(v, t):
         phi = lambda t: model.loss(jax.tree.map(jnp.subtract, model.params, partition.scale(t * v, direction)))
-        return jnp.stack([f(t) for f in (phi, d(phi), d(d(phi)), d(d(d(phi))))])
+        ((value, first), (_, second)), (_, (_, third)) = d(d(d(phi)))(t)
+        return jnp.stack([value, first, second, third])
 
     return np.asarray(jit(jax.vmap(jet))(along, at))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SIZES if name not in SAME])
 def test_the_sweep_is_the_definition_and_finite_differences(x64, name):
     model, direction = small(name)
     found = swept(name, True)
@@ -118,7 +106,10 @@ def test_the_sweep_is_the_definition_and_finite_differences(x64, name):
         assert rounding < 1e-5 * np.max(np.abs(got)), "the differences are too coarse to show anything"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "transformer, 4 scanned"])
 def test_the_sweep_in_single_precision_is_that_in_double_to_rounding(name):
+    """Convolutions have this in tests/derivatives/test_sweep.py."""
     found = swept(name, False)
     assert found.hbar.dtype == jnp.float32
     assert_same(found, swept(name, True), 64 * EPS32)
@@ -138,7 +129,7 @@ def test_the_table_of_costs_has_a_figure_for_every_method(monkeypatch, capsys):
         header, _, row = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
         rows.append(dict(zip(header, row, strict=True)))
     everything, nothing = rows
-    assert everything["model"], everything["S"] == ("tiny", "2")
+    assert (everything["model"], everything["S"]) == ("tiny", "2")
     for method in costs.METHODS:
         assert float(everything[method]) > 0
         assert nothing[method] == "–"
