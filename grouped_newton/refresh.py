@@ -148,7 +148,9 @@ def refresh(
         u = trees.either(partition, first, updates, state.direction)
         theta = trees.either(partition, first, params, state.origin)
     state = state._replace(direction=None, origin=None)
-    of_loss = lambda: summary_of(loss_fn, theta, u, partition, axis_name=settings.axis_name, **settings.options)
+    of_loss = lambda: summary_of(
+        loss_fn, theta, u, partition, axis_name=settings.axis_name, forgiving=True, **settings.options
+    )
     summary = computed_once(run(of_loss))
     levelled = averaged_params is not None
     if levelled:

@@ -62,6 +62,7 @@ class Node(NamedTuple):
     scan: Any = None
     joint: bool = False  # its operands are to be perturbed together
     repeats: bool = False  # ``fn`` is that of all nodes which are the same function
+    forgiving: bool = False  # see ``rules.py``
 
 
 class Program(NamedTuple):
@@ -129,7 +130,7 @@ class Scan(NamedTuple):
                 return {v: tuple(sorted(slots)) for v, slots in sets.items()}
 
 
-def build(closed: Any, active: Sequence[bool], cache: dict | None = None) -> Program:
+def build(closed: Any, active: Sequence[bool], cache: dict | None = None, forgiving: bool = False) -> Program:
     """Opens the calls of a closed jaxpr and sorts its equations into nodes; of equal ones all is found out once."""
     cache = {} if cache is None else cache
     closed = open_calls(closed, active)
@@ -170,7 +171,7 @@ def build(closed: Any, active: Sequence[bool], cache: dict | None = None) -> Pro
                 materialise(outs[0])
             continue
         if eqn.primitive.name == "scan":
-            node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars], cache)
+            node = _scan_node(eqn, [not isinstance(v, jex.Literal) and v in root for v in eqn.invars], cache, forgiving)
         else:
             group = [eqn]
             if elementwise:  # a broadcast operand stays small: the broadcast becomes a part of the node
@@ -185,7 +186,7 @@ def build(closed: Any, active: Sequence[bool], cache: dict | None = None) -> Pro
             if node.kind == "scan":
                 scans[k] = node
     active_outs = [not isinstance(v, jex.Literal) and v in root and materialise(v) for v in jaxpr.outvars]
-    nodes = _live_nodes(nodes, jaxpr.outvars)
+    nodes = [node._replace(forgiving=forgiving) for node in _live_nodes(nodes, jaxpr.outvars)]
     return Program(jaxpr.replace(eqns=eqns), closed.consts, nodes, scans, active_outs, cache)
 
 
@@ -341,7 +342,7 @@ def _rule_keeps_places(eqn, jaxpr, order):
     return all(_keeps_places(e, traced, order - 1) for e in (*tangent, *of_value))
 
 
-def _scan_node(eqn, active, cache):
+def _scan_node(eqn, active, cache, forgiving):
     closed = eqn.params["jaxpr"]
     outer = lambda vs, inner: sum(a.aval.ndim > b.aval.ndim for a, b in zip(vs, inner, strict=True))
     # By shapes: what jax 0.10 has as num_consts and num_carry is hidden in ft_in and ft_out by jax 0.12.
@@ -349,7 +350,7 @@ def _scan_node(eqn, active, cache):
     num_consts = len(eqn.invars) - outer(eqn.invars, closed.jaxpr.invars) - num_carry
     active = list(active)
     while True:  # a carry is active if it starts so or becomes so
-        body = build(closed, active, cache)
+        body = build(closed, active, cache, forgiving)
         grown = list(active)
         for k in range(num_carry):
             grown[num_consts + k] |= body.active_outs[k]

@@ -6,9 +6,15 @@
   general    jax.jvp and jax.vjp of the node itself
 
 Every rule adds the local terms of hbar and third to ``sums``; ct is the cotangent of the node's output.
+
+A *forgiving* node keeps what isn't finite from spoiling the rest: what doesn't move has no derivative along, whatever
+f' and f'' are there; and a second derivative that is NaN, which JAX makes of 0 inf where the true one is finite, as of
+relu(x)^1.5 at 0 and of singular values that are equal, is left out of hbar and leaves NaN in third. An infinite one of
+what moves stays infinite.
 """
 
 import jax
+import jax.numpy as jnp
 
 from grouped_newton import sharding
 from grouped_newton.derivatives.jaxprs import replaced
@@ -53,26 +59,29 @@ def unary(node, env, ct, x1, x2, sums, order):
     (x1,), (x2,), out = x1, x2, node.outs[0]
     derivatives = env[out, "derivatives"]
     f1, f2 = derivatives[:2]
-    w2 = ct[out] * f2
+    times = _forgiving_times if node.forgiving else jnp.multiply
+    w2 = times(ct[out], f2)
     X = x1.array.astype(w2.dtype)
-    weighted = X * w2[None]
+    weighted = times(X, (_unless_nan(w2) if node.forgiving else w2)[None])
     sums.add_hbar(x1.slots, x1.slots, gram(weighted, X))
-    z1 = Stack(x1.slots, (f1[None] * X).astype(out.aval.dtype))
+    z1 = Stack(x1.slots, times(X, f1[None]).astype(out.aval.dtype))
     if order == 2:
         return [z1], [None]
-    w3 = ct[out] * derivatives[2]
+    w3 = times(ct[out], derivatives[2])
+    if node.forgiving:
+        w3 = w3 + 0 * w2
     local = w3[None] * X * X
-    curved = f2[None] * X * X
+    curved = times(X, f2[None] * X)
     if x2 is not None and x2.slots == x1.slots:
         X2 = x2.array.astype(w2.dtype)
         local = local + 3 * w2[None] * X2
-        z2 = Stack(x1.slots, (curved + f1[None] * X2).astype(out.aval.dtype))
+        z2 = Stack(x1.slots, (curved + times(X2, f1[None])).astype(out.aval.dtype))
     else:
         z2 = Stack(x1.slots, curved.astype(out.aval.dtype))
         if x2 is not None:
-            z2 = add(z2, Stack(x2.slots, (f1[None] * x2.array.astype(f1.dtype)).astype(out.aval.dtype)))
+            z2 = add(z2, Stack(x2.slots, times(x2.array.astype(f1.dtype), f1[None]).astype(out.aval.dtype)))
             sums.add_third(x2.slots, 3 * inner(select(Stack(x1.slots, weighted), x2.slots), x2.array))
-    sums.add_third(x1.slots, inner(X, local))
+    sums.add_third(x1.slots, inner(X, _where_moving(X, local) if node.forgiving else local))
     return [z1], [z2]
 
 
@@ -119,11 +128,12 @@ def general(node, env, ct, x1, x2, sums, order):
     X1 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x1, node.active, strict=True))
     gradient = lambda *xs: jax.vjp(lambda *xs: fn(xs), *xs)[1](cotangents)
     turned = map_rows(lambda *dx: jax.jvp(gradient, at, dx)[1], *X1)
-    sums.add_hbar(slots, slots, sum(gram(p, q) for p, q in zip(X1, turned, strict=True)))
+    block = sum(gram(p, q) for p, q in zip(X1, turned, strict=True))
+    sums.add_hbar(slots, slots, _unless_nan(block) if node.forgiving else block)
     d1 = lambda x, dx: jax.jvp(lambda *xs: fn(xs), x, dx)[1]
     if order == 2:
         z1 = map_rows(lambda *dx: d1(at, dx), *X1)
-        return [Stack(slots, z) for z in z1], [None] * len(node.outs)
+        return [Stack(slots, _unless_nan(z) if node.forgiving else z) for z in z1], [None] * len(node.outs)
     X2 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x2, node.active, strict=True))
     d2 = lambda x, dx, ddx: jax.jvp(d1, (x, dx), (dx, ddx))
     zero = tuple(sharding.zeros_of(v.aval) for v in node.active)
@@ -133,8 +143,28 @@ def general(node, env, ct, x1, x2, sums, order):
         return z1, z2, sum(inner(c[None], z[None])[0] for c, z in zip(cotangents, z3, strict=True))
 
     z1, z2, third = map_rows(derivatives, X1, X2)
+    if node.forgiving:
+        third, z1 = third + 0 * jnp.diagonal(block), [_unless_nan(z) for z in z1]
     sums.add_third(slots, third)
     return [Stack(slots, z) for z in z1], [Stack(slots, z) for z in z2]
+
+
+def _forgiving_times(x, w):
+    """x w; zero where x is, whatever w is."""
+    return _where_moving(x, x * w)
+
+
+def _where_moving(x, of_x):
+    return jnp.where(x == 0, 0, of_x)
+
+
+def _unless_nan(x):
+    return jnp.where(jnp.isnan(x), 0, x)
+
+
+def finite(x):
+    """The array with zeros for what isn't finite."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def restricted(node, env, targets):

@@ -128,8 +128,12 @@ def summary_of(
     order: int = 3,
     max_stack: int | None = None,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    forgiving: bool = False,
 ) -> Summary:
-    """:func:`summarize` by a grouping that is resolved, with options that are checked."""
+    """:func:`summarize` by a grouping that is resolved, with options that are checked.
+
+    A ``forgiving`` one, for training, leaves out what is at the head of ``rules.py``.
+    """
     names, axes = sharding.axis_names(axis_name), sharding.tracked_axes()
     dtype = summary_dtype(params, partition)
     theta, treedef = jax.tree.flatten(params)
@@ -148,7 +152,8 @@ def summary_of(
             local = Summary(*nested(loss_of_leaves, theta, u, partition, dtype, order))
         else:
             num_groups = partition.num_groups
-            local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, dtype, order, max_stack))
+            options = dtype, order, max_stack, forgiving
+            local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, *options))
     return _over_devices(local, names, axes)
 
 

@@ -34,6 +34,7 @@ from grouped_newton.derivatives.custom_rules import by_rule
 from grouped_newton.derivatives.jaxprs import is_half, read
 from grouped_newton.derivatives.passes import adjoint, primal, tangent
 from grouped_newton.derivatives.program import build
+from grouped_newton.derivatives.rules import finite
 from grouped_newton.derivatives.stacks import Stack, inner
 from grouped_newton.derivatives.sums import Sums
 
@@ -47,30 +48,31 @@ def sweep(
     dtype: Any,
     order: int = 3,
     max_stack: int | None = None,
+    forgiving: bool = False,
 ):
     """(loss, gbar, hbar, third) of a function of a list of leaves, along the list ``u``.
 
     ``index`` has the group of every leaf, -1 for none; order 2 leaves third at zero. ``max_stack`` bounds the tangents
     that are carried at once: with fewer than S, the groups go in chunks of half as many, every pair of chunks once.
-    A frozen leaf may be anything.
+    A frozen leaf may be anything. What a ``forgiving`` sweep leaves out is at the head of ``rules.py``.
     """
     moving = [i for i, g in enumerate(index) if g >= 0]
     at, u, index = ([x[i] for i in moving] for x in (theta, u, index))
     restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
     closed = jax.make_jaxpr(restricted)(at)
     followed = by_rule(closed)
-    value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack)
+    value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack, forgiving)
     if followed is not closed:  # the slopes of the gradient itself, also where a rule is not linear in the cotangent
         gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
         sums = Sums(num_groups, dtype, sharding.tracked_axes())
         for g, dx, x in zip(index, gradient, u, strict=True):
-            sums.add_gbar(Stack((g,), inner(dx[None], x[None])))
+            sums.add_gbar(Stack((g,), inner((finite(dx) if forgiving else dx)[None], x[None])))
         gbar, _, _ = sums.totals()
     return value, gbar, hbar, third
 
 
-def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack):
-    program = build(closed, [True] * len(at))
+def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack, forgiving):
+    program = build(closed, [True] * len(at), forgiving=forgiving)
     slot = _slots_by_first_use(program, index, num_groups)
     env = primal(program, at)
     (out,) = program.jaxpr.outvars
