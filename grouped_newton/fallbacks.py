@@ -14,6 +14,11 @@ derivative bounds. The rule sees zeros there, and these groups move, while their
 the largest) as the least of the others, or by ``FIRST`` if all are zero; and no further than the others, whose rates
 are the rule's, do on average. So nothing stands still while directions are finite and lead downhill. All of it is
 equivariant: scaling the direction of a group changes no step.
+
+*Before it*, a summary for training leaves out what it can, so that one bad number doesn't spoil its group, with one
+group everything (``derivatives/rules.py``): what doesn't move, such as unused rows of a table whose norms are
+penalised, has no derivative along the direction; a local second derivative that is NaN counts as zero, and makes the
+third of all groups upstream not finite.
 """
 
 from typing import Any

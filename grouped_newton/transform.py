@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -256,9 +257,19 @@ def _with_arguments(value_fn, extra_args):
 
     def loss_fn(params):
         with _flat_params_explained(params):
-            return value_fn(params, **known)
+            value_of = lambda p: value_fn(p, **known)
+            return _with_clones_of_keys(value_of, params) if jax.config.jax_debug_key_reuse else value_of(params)
 
     return loss_fn
+
+
+def _with_clones_of_keys(value_of, params):
+    """``value_of(params)`` with clones of the random keys that it holds: a refresh draws the same again on purpose."""
+    closed, shape = jax.make_jaxpr(value_of, return_shape=True)(params)
+    is_key = lambda x: jnp.issubdtype(jax.typeof(x).dtype, jax.dtypes.prng_key)
+    consts = [jax.random.clone(x) if is_key(x) else x for x in closed.consts]
+    found = jex.jaxpr_as_fun(jex.ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(params))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
 def check_update_arguments(params, value_fn):

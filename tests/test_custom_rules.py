@@ -368,6 +368,24 @@ def test_a_custom_vjp_is_found_at_any_depth(name):
     assert_follows_the_gradient(loss(curved), plain=loss(curved_plain))
 
 
+@pytest.mark.parametrize("flag", ["jax_custom_vjp3", "jax_remat3"])
+def test_with_the_primitives_of_the_next_jax(flag):
+    """The sweep at several depths at once; the flags are of jax 0.12, where these are classes instead of primitives."""
+    if flag not in jax.config.values:
+        pytest.skip(f"this jax has no {flag}")
+    depths = ("jit of remat", "scan of cond", "rule of a custom_jvp")
+    before = jax.config.values[flag]
+    jax.config.update(flag, True)
+    try:
+        g = vjp(curved_plain, lambda x: (g(x), x), lambda x, ct: (ct * slope(x),))
+        loss = lambda f: lambda p: sum(jnp.sum(DEPTHS[d](f)(p["a"] * p["b"]) ** 2) for d in depths)
+        p = params()
+        got, expected = jax.jit(lambda: (gn.summarize(loss(g), p, p), gn.summarize(loss(curved_plain), p, p)))()
+    finally:
+        jax.config.update(flag, before)
+    assert_same_summary(got, expected, 1e-9)
+
+
 def test_in_a_loop_that_is_the_function_of_a_custom_jvp():
     def loop(f):
         return lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]

@@ -171,6 +171,25 @@ def test_strict_promotion_of_dtypes(name, dtype):
     assert updates["z"].dtype == dtype
 
 
+def test_a_refresh_may_draw_from_the_gradients_key_again():
+    """Dropout: the summary and the losses of a refresh are of the function that the gradient is of."""
+
+    def loss(p, key):
+        return jnp.sum(jnp.where(jax.random.bernoulli(key, 0.5, (3,)), p["w"], 0) ** 2)
+
+    tx, params = gn.grouped_newton(direction=optax.identity(), averaging=None), {"w": jnp.ones(3)}
+
+    def step(params, state, key):
+        value, grads = jax.value_and_grad(loss)(params, key)
+        return tx.update(grads, state, params, value=value, value_fn=lambda p: loss(p, key))
+
+    with jax.debug_key_reuse(True):
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(lambda key: loss(params, key) + loss(params, key))(jax.random.key(0))
+        updates, _ = jax.jit(step)(params, tx.init(params), jax.random.key(0))
+    assert np.any(np.asarray(updates["w"]) < 0)
+
+
 def test_a_state_keeps_its_structure_and_masks_nothing_where_nothing_is_frozen():
     tx, params = gn.grouped_newton(), {"w": jnp.ones(3)}
     loss = lambda p: jnp.sum((p["w"] - 3.0) ** 2)
