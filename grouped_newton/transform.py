@@ -258,7 +258,8 @@ def _with_arguments(value_fn, extra_args):
     def loss_fn(params):
         with _flat_params_explained(params):
             value_of = lambda p: value_fn(p, **known)
-            return _with_clones_of_keys(value_of, params) if jax.config.jax_debug_key_reuse else value_of(params)
+            drawn_once = jax.config.jax_debug_key_reuse  # type: ignore[attr-defined]
+            return _with_clones_of_keys(value_of, params) if drawn_once else value_of(params)
 
     return loss_fn
 
