@@ -155,12 +155,12 @@ def test_training_on_a_mesh_is_training_on_one_device(x64, layout, axis_type):
     # Adam's direction divides by gradients; rounding there is amplified, and twice by a rate.
     assert_close_by_largest((params, state), trained_on_one_device(), 1e7 * EPS64)
     ours = next(s for s in state if isinstance(s, gn.GroupedNewtonState))
-    for leaf in ours._replace(direction=None, origin=None):
-        assert leaf is None or leaf.sharding.is_fully_replicated
+    for leaf in jax.tree.leaves(ours._replace(direction=None, origin=None)):
+        assert leaf.sharding.is_fully_replicated
     for copy in (ours.direction, ours.origin):
         same = jax.tree.map(lambda x, p: x.sharding.is_equivalent_to(p.sharding, x.ndim), copy, params)
         assert all(jax.tree.leaves(same))
-    assert ours.hbar.shape == (len(jax.tree.leaves(params)),) * 2
+    assert ours.summary.hbar.shape == (len(jax.tree.leaves(params)),) * 2
 
 
 @pytest.mark.slow
