@@ -14,6 +14,13 @@ def at(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
+def each(run, *args):
+    """What ``jax.vmap(run)`` gives, one after the other: conditions stay conditions, which compiles in a third."""
+    args = jax.device_get(args)
+    found = [jax.device_get(run(*at(args, i))) for i in range(len(jax.tree.leaves(args)[0]))]
+    return jax.tree.map(lambda *xs: np.stack(xs), *found)
+
+
 def shifted(first, after):
     """What was there before every step, of what was there first and after every step."""
     return jax.tree.map(lambda p, x: jnp.concatenate([p[None], x[:-1]]), first, after)

@@ -58,7 +58,7 @@ def test_a_linen_train_state_that_forwards_extra_arguments_trains():
         value_fn = lambda params: loss_of(params, batch_of(1))
         return state.apply_gradients(grads=grads, value=loss, value_fn=value_fn)
 
-    state = jax.tree.map(jnp.array, state)  # the step is a number at first, which can't be donated
+    state = state.replace(step=jnp.array(state.step))
     start = loss_of(state.params, batch_of(0))
     for _ in range(STEPS):
         state = step(state)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, assert_equal, assert_finite, at, only_grouped_newton
+from checks import assert_close, assert_equal, assert_finite, at, each, only_grouped_newton
 from jax import lax
 from models import regression_batches, tanh_loss, tanh_params
 from runs import sum_of_squares, train
@@ -222,7 +222,7 @@ def test_the_recipe_trains_on_the_whole_data_from_far_out():
         tx = gn.grouped_newton()
         return lax.scan(step, (params, tx.init(params)), length=200)[1]
 
-    losses = jax.jit(jax.vmap(run))(starts)
+    losses = each(jax.jit(run), starts)
     assert np.max(losses[:, -1] / losses[:, 0]) < 0.05
 
 
@@ -309,7 +309,7 @@ def test_a_frozen_leaf_whose_gradient_is_not_finite_changes_nothing():
 
         return lax.scan(step, (params, tx.init(params)), jnp.arange(4.0))[1]
 
-    both = jax.jit(jax.vmap(run))(jnp.array([0.0, jnp.nan]))
+    both = each(jax.jit(run), jnp.array([0.0, jnp.nan]))
     assert_equal(at(both, 0), at(both, 1))
     assert np.any(both[2][1, -1] != 0)
 
@@ -359,11 +359,10 @@ def run_on_fresh_batches(params, seed, kind, given, steps, rows=16):
 @functools.cache
 def faulty_runs(given):
     """By kind and seed."""
-    kinds, seeds = jnp.arange(len(KINDS)), jnp.arange(3)
     params = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tanh_params, range(3)))
-    run = lambda params, seed, kind: run_on_fresh_batches(params, seed, kind, given, LAST)
-    of_seeds = jax.vmap(run, in_axes=(0, 0, None))
-    return jax.device_get(jax.jit(jax.vmap(of_seeds, in_axes=(None, None, 0)))(params, seeds, kinds))
+    run = jax.jit(lambda params, seed, kind: run_on_fresh_batches(params, seed, kind, given, LAST))
+    of_seeds = lambda kind: each(lambda params, seed: run(params, seed, kind), params, jnp.arange(3))
+    return each(of_seeds, jnp.arange(len(KINDS)))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -389,7 +388,7 @@ def test_on_endless_noise_rates_settle_and_the_validation_loss_keeps_falling():
     """Two seeds; fresh batches of 32 for 3,000 steps."""
     params = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tanh_params, range(2)))
     run = functools.partial(run_on_fresh_batches, kind=0, given=True, steps=3000, rows=32)
-    losses, eta, caution, damping, finite = jax.device_get(jax.jit(jax.vmap(run))(params, jnp.arange(2)))
+    losses, eta, caution, damping, finite = each(jax.jit(run), params, jnp.arange(2))
     assert np.all(finite)
     assert np.all((damping >= 1) & (damping <= 10))
     assert np.all(caution >= 0.5)

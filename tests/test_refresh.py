@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, assert_finite, at, shifted
+from checks import assert_close, assert_finite, at, each, shifted
 from jax import lax
 from models import regression_batches, tanh_loss, tanh_params
 from runs import follow, follow_polynomial, polynomial_batches, sum_of_squares, train
@@ -203,13 +203,12 @@ def test_a_schedule_says_after_how_many_steps_the_next_refresh_is():
     batches = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (20,)), polynomial_batches())
 
     @jax.jit
-    @jax.vmap
     def run(table):
         tx = gn.scale_by_grouped_newton(refresh_every=lambda count: table[count])
         return follow_polynomial(tx, batches, jnp.ones(20))[1].refreshes
 
     tables = jnp.stack([x.astype(float) for x in schedules.values()])
-    for steps, refreshes in zip(schedules, run(tables), strict=True):
+    for steps, refreshes in zip(schedules, each(run, tables), strict=True):
         np.testing.assert_array_equal(np.flatnonzero(np.diff(refreshes, prepend=0)), steps)
 
 
@@ -351,13 +350,12 @@ def test_the_status_and_rates_of_a_custom_rule_are_judged():
         return rates
 
     @jax.jit
-    @jax.vmap
     def run(*answer):
         tx = gn.scale_by_grouped_newton(rates=rule(*answer), refresh_every=1)
         return follow_polynomial(tx, polynomial_batches(c=[1.0, -1.0, 1.0], g=[0.25, 1.0, 0.75]), jnp.ones(6))
 
     answers = [(gn.CubicStatus.UNBOUNDED, 7.0), (gn.CubicStatus.NOT_FINITE, 7.0), (gn.CubicStatus.SOLVED, math.nan)]
-    updates, state = run(*map(jnp.array, zip(*answers, strict=True)))
+    updates, state = each(run, *map(jnp.array, zip(*answers, strict=True)))
     np.testing.assert_array_equal(updates[:, :3], [[0.25, 0.25, 0.75]] * 3)
     np.testing.assert_array_equal(state.rejected[:, :3], [[0, 1, 1]] * 3)
     np.testing.assert_array_equal(state.status[:, 0], gn.CubicStatus.HARD_CASE)
