@@ -99,3 +99,15 @@ def regression_batches(steps, seed=0, dtype=jnp.float32):
     x = rng.normal(size=(steps, 16, 3))
     y = np.stack([np.sin(x[..., 0]) + x[..., 1], x[..., 2] * x[..., 0]], axis=-1)
     return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+
+
+# Optax's two problems in one program, in two of three modules.
+START = {"stem": {"b": jnp.zeros(1)}, "head": {"w": jnp.zeros(1)}, "tail": {"b": jnp.zeros(1)}}
+PARABOLA, ROSENBROCK = 1.0, 0.0
+
+
+def valleys(params, mix):
+    """Of ``PARABOLA`` and ``ROSENBROCK``."""
+    (x,), (y,), (stem,) = params["head"]["w"], params["tail"]["b"], params["stem"]["b"]
+    parabola = (x - 1) ** 2 + (y + 1) ** 2
+    return mix * parabola + (1 - mix) * ((1 - x) ** 2 + 100 * (y - x**2) ** 2) + stem**2

@@ -27,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 import grouped_newton as gn
 from grouped_newton.groups import FROZEN
 
+pytestmark = pytest.mark.slow
+
 EPS = 2.0**-23
 STEPS = 9
 GROUPS = gn.groups.per_module

@@ -22,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 import grouped_newton as gn
 
+pytestmark = pytest.mark.slow
+
 EPS64 = 2.0**-52
 # In jax 0.8.1 a psum under check_vma can't be batched, with or without this library.
 BATCHES_TRACKED_PSUM = jax.__version_info__ >= (0, 12)
@@ -145,7 +147,6 @@ def on_a_mesh(layout, axis_type, run, attends):
         return jax.jit(functools.partial(run, loss=loss))(params, put(tokens, batch), put(labels, batch))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "axis_type"),
     [("two axes", AxisType.Explicit), ("two axes", AxisType.Auto), ("fully sharded", AxisType.Explicit)],
@@ -163,7 +164,6 @@ def test_training_on_a_mesh_is_training_on_one_device(x64, layout, axis_type):
     assert ours.summary.hbar.shape == (len(jax.tree.leaves(params)),) * 2
 
 
-@pytest.mark.slow
 def test_the_summary_with_attention_on_two_explicit_axes_is_that_of_one_device(x64):
     def summary(params, tokens, labels, loss):
         direction = jax.tree.map(jnp.cos, params)
@@ -452,7 +452,6 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.slow
 def test_two_processes_train_to_the_numbers_of_one():
     def start(*args):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
