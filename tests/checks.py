@@ -4,30 +4,29 @@ import functools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import grouped_newton as gn
 
 
 def at(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
+    """Of arrays as NumPy's, for which no index is compiled."""
+    return jax.tree.map(lambda x: np.asarray(x)[i], tree)
 
 
 def each(run, *args):
     """What ``jax.vmap(run)`` gives, one after the other: conditions stay conditions, which compiles in a third."""
-    args = jax.device_get(args)
     found = [jax.device_get(run(*at(args, i))) for i in range(len(jax.tree.leaves(args)[0]))]
     return jax.tree.map(lambda *xs: np.stack(xs), *found)
 
 
 def shifted(first, after):
     """What was there before every step, of what was there first and after every step."""
-    return jax.tree.map(lambda p, x: jnp.concatenate([p[None], x[:-1]]), first, after)
+    return jax.tree.map(lambda p, x: np.concatenate([np.asarray(p)[None], np.asarray(x)[:-1]]), first, after)
 
 
 def assert_finite(tree):
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+    assert all(np.all(np.isfinite(np.asarray(x))) for x in jax.tree.leaves(tree))
 
 
 def assert_equal(a, b):

@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 
@@ -21,6 +22,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # A silent broadcast is how a bias becomes a matrix: raise, in the tests only.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector needn't look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
