@@ -1,7 +1,6 @@
 """The averaged parameters: the formula, dtypes, and finding them in any optimizer's state."""
 
 import functools
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close, assert_equal
-from flax import nnx, serialization
+from flax import nnx
 from jax import lax
 
 import grouped_newton as gn
@@ -222,37 +221,6 @@ def test_params_and_state_can_both_be_donated():
     for _ in range(2):
         params, state = step(params, state)
     np.testing.assert_allclose(gn.eval_params(state, params)["w"], 1.5 + 0.5 / 1.1, rtol=1e-6)
-
-
-def test_runs_by_jit_by_scan_and_from_a_checkpoint_have_the_same_average():
-    tx, params = gn.grouped_newton(groups=gn.groups.single), {"a": jnp.array([3.0, -1.0]), "b": jnp.array(2.0)}
-    loss = lambda p: jnp.sum(p["a"] ** 4) + p["b"] ** 2 * (1 + p["a"][0] ** 2)
-
-    def step(carry, _):
-        params, state = carry
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(grads, state, params, value_fn=loss, value=value)
-        return (optax.apply_updates(params, updates), state), None
-
-    start = params, tx.init(params)
-    one_step = jax.jit(lambda carry: step(carry, None)[0])
-    half = functools.reduce(lambda carry, _: one_step(carry), range(8), start)
-    end = functools.reduce(lambda carry, _: one_step(carry), range(4), half)
-
-    by_scan = jax.jit(lambda carry: lax.scan(step, carry, length=12)[0])(start)
-    assert_same_average(by_scan, end, rtol=1e-4)
-    for restored in (
-        pickle.loads(pickle.dumps(jax.device_get(half))),
-        serialization.from_bytes(start, serialization.to_bytes(half)),
-    ):
-        assert jax.tree.structure(restored) == jax.tree.structure(half)
-        again = functools.reduce(lambda carry, _: one_step(carry), range(4), restored)
-        assert_same_average(again, end, rtol=0)
-
-
-def assert_same_average(a, b, rtol):
-    averages = [jax.jit(gn.eval_params)(state, params) for params, state in (a, b)]
-    assert_close(*averages, rtol=rtol)
 
 
 def test_update_keeps_shapes_dtypes_and_weak_types(precision):

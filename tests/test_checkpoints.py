@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from checks import assert_close, assert_equal
+from flax import serialization
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -65,7 +66,7 @@ def save_and_restore(path, saved, like):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_run_restored_before_a_refresh_goes_on_to_the_bit(tmp_path, name):
-    """The refresh is of the last direction before the checkpoint, where summaries are delayed; by orbax and pickle."""
+    """The refresh is of the last direction before the checkpoint, where summaries are delayed; by orbax, pickle and Flax."""
     tx, params, batches = CONFIGURATIONS[name](), make_params(), make_batches(16)
     run = jax.jit(functools.partial(train, tx))
     midway = run(params, tx.init(params), part(batches, 0, 8))
@@ -75,7 +76,8 @@ def test_a_run_restored_before_a_refresh_goes_on_to_the_bit(tmp_path, name):
     like = jax.eval_shape(lambda p: (p, tx.init(p)), params)
     restored = save_and_restore(tmp_path, midway, like)
     unpickled = pickle.loads(pickle.dumps(jax.device_get(midway)))
-    for saved in (restored, unpickled):
+    of_flax = serialization.from_bytes((params, tx.init(params)), serialization.to_bytes(midway))
+    for saved in (restored, unpickled, of_flax):
         assert jax.tree.structure(saved) == jax.tree.structure(midway)
         assert_equal(saved, midway)
         found = run(*saved, part(batches, 8, 16))
