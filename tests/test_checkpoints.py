@@ -66,7 +66,7 @@ def save_and_restore(path, saved, like):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_run_restored_before_a_refresh_goes_on_to_the_bit(tmp_path, name):
-    """The refresh is of the last direction before the checkpoint, where summaries are delayed; by orbax, pickle and Flax."""
+    """The refresh is of the last direction before the checkpoint, if they are delayed; by orbax, pickle and Flax."""
     tx, params, batches = CONFIGURATIONS[name](), make_params(), make_batches(16)
     run = jax.jit(functools.partial(train, tx))
     midway = run(params, tx.init(params), part(batches, 0, 8))

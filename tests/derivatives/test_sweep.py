@@ -246,7 +246,14 @@ ZOO = {
 SINGLE = ("mlp tanh", "convolutions, batch norm, max-pool", "scan", "where with safe branches")
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("mlp tanh", "scan")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("transformer", "conv", "mlp")) else [])
+        for name in ZOO
+        if name not in ("mlp tanh", "scan")
+    ],
+)
 def test_equals_the_definition_in_double_precision(x64, name):
     loss, params, *groups = ZOO[name]
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
@@ -269,6 +276,7 @@ def test_the_reference_is_reproduced(x64, network, grouping):
 # Precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SINGLE)
 def test_equals_the_definition_in_single_precision(name):
     # Entries are sums of some hundred products; the sweep and the definition round them in another order.
@@ -283,6 +291,7 @@ def test_compiled_or_not_it_is_the_same():
     assert_same_summary(compiled, eager, 256 * EPS32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -532,6 +541,7 @@ def test_one_parameter_of_double_precision_widens_the_summary(x64):
 # Options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp gelu", "transformer, scanned with remat", "linear solve"])
 def test_order_two_leaves_only_the_third_derivatives_out(x64, name):
     loss, params = ZOO[name]
@@ -548,6 +558,7 @@ def test_order_two_leaves_only_the_third_derivatives_out(x64, name):
         assert_same_summary(got, full._replace(third=jnp.zeros_like(full.third)), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [("mlp tanh", (2, 5)), ("scan", (2,)), ("group with tensors at different depths", (2,))],
