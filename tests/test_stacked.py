@@ -193,7 +193,8 @@ clipped.defvjp(lambda x: (x, None), lambda _, ct: (jnp.clip(ct, -0.01, 0.01),)) 
     ids=["rule", "half"],
 )
 def test_slopes_are_those_of_the_gradient_where_that_is_no_tangent(between, eps):
-    loss = loss_through(lambda x, blocks: scanned(x, blocks, lambda x, own: between(layer(x, own))))
+    step = lambda x, own: between(layer(x, own))
+    loss = loss_through(lambda x, blocks: between(scanned(x, blocks, step)))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params_of(1))
 
     @jax.jit
