@@ -77,8 +77,6 @@ def tangent(program, env, ct, first, second, sums, order):
     reach = {v: reached(x) for v, x in first.items()}
     for node in program.nodes:
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
-        if all(x is None for x in x1):
-            continue
         if isinstance(x1[0], Layered):
             keeps, z1 = moved(node, env, x1[0])
             if keeps:
@@ -86,6 +84,8 @@ def tangent(program, env, ct, first, second, sums, order):
                     first[node.outs[0]], reach[node.outs[0]] = z1, reached(z1)
                 continue
         x1 = fit_for(node, x1)
+        if all(x is None for x in x1):
+            continue
         slots = tuple(sorted({s for v in node.active for s in reach.get(v, ())}))
         roomy = lambda v, slots=slots: with_room(slots, v.aval.size, sums.num_groups)
         smallest = min(map(roomy, node.outs), key=len)
