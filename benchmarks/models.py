@@ -153,8 +153,10 @@ def resnet18(batch=100, channels=(16, 16, 32, 32, 64, 64, 128, 128), size=32, se
     return Model(loss, params, gn.groups.per_module)
 
 
-def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, scanned=False, seed=0, dtype=float):
-    """A causal language model; a group a block, or scanned over stacked layers with a group a tensor."""
+def transformer(
+    layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, scanned=False, groups=None, seed=0, dtype=float
+):
+    """A causal language model; with a group a block by default, or a tensor where stacked layers are scanned."""
     init = _Init(seed, dtype)
     tokens = jax.random.randint(jax.random.key(seed + 1), (batch, length + 1), 0, vocabulary, jnp.int32)
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
@@ -197,7 +199,7 @@ def transformer(layers=4, d=64, heads=4, vocabulary=64, batch=16, length=32, sca
                 h = apply(params[f"block_{i}"], h)
         return _cross_entropy(norm(h, params["head"]["norm"]) @ params["head"]["w"], tokens[:, 1:])
 
-    return Model(loss, params, gn.groups.per_tensor if scanned else gn.groups.per_module)
+    return Model(loss, params, groups or (gn.groups.per_tensor if scanned else gn.groups.per_module))
 
 
 MODELS = {
@@ -210,6 +212,13 @@ MODELS = {
     "transformer, 4 scanned": functools.partial(transformer, scanned=True),
     "transformer, 12 scanned": functools.partial(transformer, layers=12, scanned=True),
     "resnet-18, batch norm": resnet18,
+}
+# The same groups, one a block, with the blocks written out and scanned.
+A_GROUP_A_BLOCK = {
+    "transformer, 12 blocks": functools.partial(transformer, layers=12),
+    "transformer, 12 blocks scanned": functools.partial(
+        transformer, layers=12, scanned=True, groups=gn.groups.stacked("^blocks")
+    ),
 }
 
 

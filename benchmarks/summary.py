@@ -28,7 +28,7 @@ import time
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from models import FIRST_CALLS, MODELS
+from models import A_GROUP_A_BLOCK, FIRST_CALLS, MODELS
 from tqdm import tqdm
 
 import grouped_newton as gn
@@ -213,7 +213,8 @@ def first_calls(names):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    models = MODELS | A_GROUP_A_BLOCK
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL", help=f"of {'; '.join(models)}")
     parser.add_argument(
         "--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}"
     )
@@ -232,15 +233,15 @@ def main():
         return print(json.dumps(first_call(*arguments.first_call)))
     if arguments.first_calls is not None:
         return first_calls(arguments.first_calls or FIRST_CALLS)
-    if unknown := set(arguments.models) - set(MODELS):
-        parser.error(f"no model called {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    if unknown := set(arguments.models) - set(models):
+        parser.error(f"no model called {', '.join(sorted(unknown))}; there are {'; '.join(models)}")
 
     head = ["model", "S", "gradient, ms", *arguments.methods, "first call, s: gradient", "sweep", "memory"]
     options = {} if arguments.batch is None else {"batch": arguments.batch}
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {arguments.dtype}\n")
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for name in tqdm(arguments.models, disable=None, leave=False):
-        model = MODELS[name](dtype=jnp.dtype(arguments.dtype), **options)
+        model = models[name](dtype=jnp.dtype(arguments.dtype), **options)
         found = measure(model, arguments.methods, arguments.seconds, arguments.limit)
         base, base_first, base_memory = found["gradient"]
         cells = [name, str(resolve(model.groups, model.params).num_groups), f"{base * 1e3:.2f}"]

@@ -9,9 +9,13 @@ Groups are numbered by the first leaf, in ``jax.tree.leaves`` order, that bears
 their label. A *path* is the tuple of a leaf's keys as words, without the
 ``value`` of a Flax NNX variable, shown at init and hidden at update, so neither
 numbering nor regular expressions depend on it.
+
+A leaf that keeps the layers of a model stacked along an axis may have a label
+for each of its slices, see :func:`stacked`: it then belongs to several groups.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import numbers
@@ -22,6 +26,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 FROZEN = "grouped_newton.groups.FROZEN"
 """Label of the leaves that get a zero update and belong to no group."""
@@ -35,37 +41,66 @@ _ROOT = "root"
 _REST = "rest"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+    """The label of a leaf whose slices along an axis have labels of their own."""
+
+    labels: tuple[Hashable, ...]
+    axis: int
+
+
+class Layers(NamedTuple):
+    """The groups of a leaf that belongs to several: one for each slice along an axis, which counts from 0."""
+
+    axis: int
+    groups: tuple[int, ...]
+
+
 class Partition(NamedTuple):
     """A grouping resolved on concrete params.
 
     Attributes:
-      index: the group number of each leaf, in leaf order; -1 where frozen.
+      index: the group number of each leaf, in leaf order, -1 where frozen; of a leaf with layers, that of the first.
       names: the label of each group, as a string.
       paths: the path of each leaf, as ``a/b/c``.
+      layers: the groups of each leaf that belongs to several, None for others.
     """
 
     index: tuple[int, ...]  # type: ignore[assignment]  # a tuple's own index() is not needed
     names: tuple[str, ...]
     paths: tuple[str, ...]
+    layers: tuple[Layers | None, ...] = ()
 
     @property
     def num_groups(self) -> int:
         return len(self.names)
 
+    def groups_of(self, leaf: int) -> tuple[int, ...]:
+        """The groups of the leaf of a number: of each of its slices, of all of it, or none."""
+        layers, group = self.layers[leaf], self.index[leaf]
+        if layers is not None:
+            return layers.groups
+        return () if group < 0 else (group,)
+
     def members(self, group: int) -> tuple[int, ...]:
         """Numbers of the leaves of a group."""
-        return tuple(i for i, g in enumerate(self.index) if g == group)
+        return tuple(i for i in range(len(self.index)) if group in self.groups_of(i))
 
     def index_in(self, tree: Any) -> tuple[int, ...]:
         """The group of each leaf of a tree like the params, from which frozen leaves may be missing."""
-        moving = tuple(g for g in self.index if g >= 0)
+        return tuple(self.index[i] for i in self._numbers_in(tree))
+
+    def _numbers_in(self, tree):
+        """The number among the params of each leaf of a tree like them."""
+        everything = range(len(self.index))
+        moving = [i for i in everything if self.index[i] >= 0]
         count = len(jax.tree.leaves(tree))
-        for index in (self.index, moving):
-            if count == len(index):
-                return index
+        for numbers_in in (everything, moving):
+            if count == len(numbers_in):
+                return numbers_in
         self.check(tree)
-        group_of = dict(zip(self.paths, self.index, strict=True))
-        return tuple(group_of[path] for path in path_names(tree))
+        number_of = dict(zip(self.paths, everything, strict=True))
+        return [number_of[path] for path in path_names(tree)]
 
     def check(self, direction: Any) -> None:
         """Raises a ValueError unless the direction has the leaves of the params, but for frozen ones."""
@@ -94,12 +129,46 @@ class Partition(NamedTuple):
         return jax.tree.unflatten(treedef, new)
 
     def sums(self, values: Sequence[jax.Array], dtype: Any) -> jax.Array:
-        """Adds one number per leaf up over each group: shape (S,)."""
+        """Adds one number per leaf, or one per layer of it, up over each group: shape (S,)."""
         totals = [jnp.zeros((), dtype) for _ in self.names]
-        for g, value in zip(self.index, values, strict=True):
-            if g >= 0:
-                totals[g] = totals[g] + value
+        for i, value in enumerate(values):
+            for k, g in enumerate(self.groups_of(i)):
+                totals[g] = totals[g] + (value[k] if self.layers[i] else value)
         return jnp.stack(totals) if totals else jnp.zeros((0,), dtype)
+
+    def totals(self, leaves: Sequence, dtype: Any) -> jax.Array:
+        """Adds all numbers of arrays like the leaves up over each group: shape (S,)."""
+
+        def total(x, layers):
+            kept = (layers.axis,) if layers else ()
+            return None if x is None else jnp.sum(x, axis=tuple(d for d in range(jnp.ndim(x)) if d not in kept))
+
+        return self.sums([total(x, layers) for x, layers in zip(leaves, self.layers, strict=True)], dtype)
+
+    def sizes(self, leaves: Sequence) -> np.ndarray:
+        """How many numbers of arrays like the leaves each group has: shape (S,)."""
+        sizes = np.zeros(self.num_groups)
+        for i, x in enumerate(leaves):
+            for g in self.groups_of(i):
+                sizes[g] += jnp.size(x) // len(self.groups_of(i))
+        return sizes
+
+    def in_pieces(self) -> "Partition":
+        """The same groups of leaves of which those with layers are cut into slices, see ``cut``."""
+        pieces = [(path, g) for i, path in enumerate(self.paths) for g in self.groups_of(i) or (-1,)]
+        return Partition(tuple(g for _, g in pieces), self.names, tuple(p for p, _ in pieces), (None,) * len(pieces))
+
+    def cut(self, leaves: Sequence) -> list:
+        """The leaves, in the place of each that has layers its slices."""
+        slices = lambda x, axis, groups: [lax.index_in_dim(x, k, axis, keepdims=False) for k in range(len(groups))]
+        pairs = zip(leaves, self.layers, strict=True)
+        return [y for x, layers in pairs for y in ([x] if layers is None else slices(x, *layers))]
+
+    def joined(self, pieces: Sequence) -> list:
+        """The leaves that were cut."""
+        rest = iter(pieces)
+        join = lambda layers: jnp.stack([next(rest) for _ in layers.groups], layers.axis)
+        return [next(rest) if layers is None else join(layers) for layers in self.layers]
 
     def scale(self, factors: jax.Array, tree: Any) -> Any:
         """Multiplies each leaf by its group's factor; a frozen one becomes zero.
@@ -108,15 +177,22 @@ class Partition(NamedTuple):
         leaf's own.
         """
 
-        def scaled(g, leaf):
-            if g < 0:
+        def scaled(i, leaf):
+            if self.index[i] < 0:
                 return still(leaf)
             dtype = jnp.result_type(leaf)
             wide = wider(dtype, factors.dtype)
-            return (factors[g].astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
+            return (factor(i, jnp.ndim(leaf)).astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
+
+        def factor(i, ndim):
+            if self.layers[i] is None:
+                return factors[self.index[i]]
+            axis, own = self.layers[i]
+            return factors[np.array(own)].reshape([len(own) if d == axis else 1 for d in range(ndim)])
 
         leaves, treedef = jax.tree.flatten(tree)
-        return jax.tree.unflatten(treedef, [scaled(g, x) for g, x in zip(self.index_in(tree), leaves, strict=True)])
+        new = [scaled(i, x) for i, x in zip(self._numbers_in(tree), leaves, strict=True)]
+        return jax.tree.unflatten(treedef, new)
 
 
 def resolve(groups: Grouping, params: Any) -> Partition:
@@ -137,7 +213,8 @@ def resolve(groups: Grouping, params: Any) -> Partition:
     leaves, paths = jax.tree.leaves(params), leaf_paths(params)
     labels = _labels_of_leaves(_label_tree_of(groups, params), params)
     number_of: dict[Hashable, int] = {}
-    index = []
+    index: list[int] = []
+    layers: list[Layers | None] = []
     for path, label, leaf in zip(paths, labels, leaves, strict=True):
         try:
             frozen = label == FROZEN if isinstance(label, str) else False
@@ -147,17 +224,27 @@ def resolve(groups: Grouping, params: Any) -> Partition:
                 f"the label of parameter {_show(path)} is {label!r}, which is not hashable; labels are"
                 " strings, numbers or other hashable leaves"
             ) from None
+        layers.append(None)
         if frozen:
             index.append(-1)
             continue
         _check_real(path, leaf)
-        index.append(number_of.setdefault(label, len(number_of)))
+        slices = label.labels if isinstance(label, _Slices) else (label,)
+        own = tuple(number_of.setdefault(x, len(number_of)) for x in slices)
+        index.append(own[0])
+        if isinstance(label, _Slices):
+            if jnp.shape(leaf)[label.axis : label.axis + 1] != (len(own),):
+                raise ValueError(
+                    f"the labels of parameter {_show(path)} are for {len(own)} layers along axis {label.axis}, and it"
+                    f" has shape {jnp.shape(leaf)}; make labels from the params that they are for"
+                )
+            layers[-1] = Layers(label.axis, own)
     if leaves and not number_of:
         raise ValueError(
             f"all {len(leaves)} parameters are frozen, among them {_show(paths[0])}; give at least one a"
             " label other than groups.FROZEN"
         )
-    return Partition(tuple(index), tuple(_distinct(map(str, number_of))), path_names(params))
+    return Partition(tuple(index), tuple(_distinct(map(str, number_of))), path_names(params), tuple(layers))
 
 
 def names(groups: Grouping, params: Any) -> tuple[str, ...]:
@@ -280,6 +367,14 @@ def per_module(*args: Any, max_groups: int = 16) -> Any:
     most ``max_groups`` groups. If k = 1 has more, neighbours in natural order
     (``Dense_2`` before ``Dense_10``) are merged into ``max_groups`` blocks.
 
+    Layers that are kept stacked, as a scan over layers wants them, count as the
+    modules that they stand for: where all arrays below a module have two axes or
+    more and the same length, at least 2, along the first, and some have two (biases,
+    scales) and some more (kernels), each index of that axis is a module of its own.
+    Params can't tell a scan over layers from other copies of a module, such as
+    the experts of a mixture: these get a group each too. :func:`stacked` takes
+    the layers where they are said to be.
+
     Args:
       *args: the params; without them a grouping is returned, so that both
         ``per_module`` and ``per_module(max_groups=8)`` are groupings.
@@ -304,18 +399,49 @@ def per_module(*args: Any, max_groups: int = 16) -> Any:
     if not args:
         return functools.partial(per_module, max_groups=max_groups)
     (params,) = args
-    modules = [path[:-1] for path in leaf_paths(params)]
-    shared = len(_common_prefix(modules))
-    depth = max((len(m) for m in modules), default=0)
-    cut: list[Path] = modules
+    modules = _modules(params)
+    everything = [m for own in modules for m in own]
+    shared = len(_common_prefix(everything))
+    depth = max((len(m) for m in everything), default=0)
+    cut = set(everything)
     for k in range(max(depth, shared + 1), shared, -1):
-        cut = [m[:k] for m in modules]
-        if len(set(cut)) <= max_groups:
+        cut = {m[:k] for m in everything}
+        if len(cut) <= max_groups:
             break
-    blocks = _contiguous_blocks(sorted(set(cut), key=_natural), max_groups)
+    blocks = _contiguous_blocks(sorted(cut, key=_natural), max_groups)
     block_names = _distinct(map(_block_name, blocks))
     name_of = {m: name for name, block in zip(block_names, blocks, strict=True) for m in block}
-    return _label_tree(params, [name_of[m] for m in cut])
+    labels = [[name_of[m[:k]] for m in own] for own in modules]
+    return _label_tree(params, [own[0] if len(set(own)) == 1 else _Slices(tuple(own), 0) for own in labels])
+
+
+def _modules(params):
+    """The module of each leaf, or those of its slices: the layers of a stack as they would be unstacked, in a list."""
+    paths, shapes = leaf_paths(params), [getattr(x, "shape", ()) for x in jax.tree.leaves(params)]
+    below = collections.defaultdict(list)
+    for path, shape in zip(paths, shapes, strict=True):
+        for k in range(len(path)):
+            below[path[:k]].append((path[:-1], shape))
+    roots = {
+        at: _common_prefix([module for module, _ in inside])
+        for at, inside in below.items()
+        if _are_stacked([shape for _, shape in inside])
+    }
+
+    def modules(path, shape):
+        # of the widest stack that holds the leaf
+        root = next((roots[path[:k]] for k in range(len(path)) if path[:k] in roots), None)
+        if root is None:
+            return [path[:-1]]
+        return [(*root, str(layer), *path[len(root) : -1]) for layer in range(shape[0])]
+
+    return list(map(modules, paths, shapes))
+
+
+def _are_stacked(shapes):
+    """Whether arrays look like the same ones of several layers, stacked: see ``per_module``."""
+    axes, lengths = [len(s) for s in shapes], {s[:1] for s in shapes}
+    return min(axes) == 2 < max(axes) and len(lengths) == 1 and shapes[0][0] > 1
 
 
 def by_path(patterns: Sequence[str] | Mapping[str, Hashable]) -> Callable[[Any], Any]:
@@ -357,10 +483,7 @@ def by_path(patterns: Sequence[str] | Mapping[str, Hashable]) -> Callable[[Any],
                 f"the label of pattern {pattern!r} is {reprlib.repr(label)}; labels are strings, numbers or other"
                 " hashable leaves, not containers or None"
             )
-        try:
-            compiled.append((re.compile(pattern), label))
-        except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        compiled.append((_compiled(pattern), label))
 
     def label_params(params):
         def label(path):
@@ -370,6 +493,85 @@ def by_path(patterns: Sequence[str] | Mapping[str, Hashable]) -> Callable[[Any],
         return _label_tree(params, [label(path) for path in leaf_paths(params)])
 
     return label_params
+
+
+def _compiled(pattern):
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def stacked(pattern: str, *, axis: int = 0, others: Grouping = per_module) -> Callable[[Any], Any]:
+    """One group per layer of a model that keeps its layers stacked, as a scan over layers does.
+
+    Leaves in whose path ``pattern`` is found, as in :func:`by_path`, hold all layers along an axis: what
+    they have at index i of it, weights and biases together, is the group of layer i. It is called
+    ``blocks/i`` where ``blocks`` is what their paths begin with in common, as if the layers were a list,
+    or ``pattern/i`` where they have nothing in common. Summaries and updates are those of such a list. To
+    ``optax.partition`` each of these leaves has one label.
+
+    Args:
+      pattern: a regular expression.
+      axis: of these leaves, along which the layers are; 0 by default. It may be negative.
+      others: the grouping of all other leaves, alone; :func:`per_module` by default. May be :func:`stacked` again.
+
+    Returns:
+      A callable from params to a label tree.
+
+    Raises:
+      TypeError: if ``pattern`` isn't a string or ``axis`` isn't an integer.
+      ValueError: if ``pattern`` doesn't compile; and, on first use with params, if it is found in no
+        path, or the leaves lack the axis or differ in its length.
+
+    Example:
+      >>> params = {"blocks": {"w": jnp.ones((3, 2, 2)), "b": jnp.ones((3, 2))}, "head": {"w": jnp.ones((2, 1))}}
+      >>> names(stacked("^blocks"), params)
+      ('blocks/0', 'blocks/1', 'blocks/2', 'head')
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a string, got {reprlib.repr(pattern)}")
+    if not isinstance(axis, numbers.Integral) or isinstance(axis, bool):
+        raise TypeError(f"axis must be an integer, got {reprlib.repr(axis)}")
+    compiled = _compiled(pattern)
+
+    def label_params(params):
+        leaves, paths = jax.tree.leaves(params), leaf_paths(params)
+        found = [compiled.search("/".join(path)) is not None for path in paths]
+        if leaves and not any(found):
+            raise ValueError(
+                f"the pattern {pattern!r} of stacked layers is found in no path; there are"
+                f" {_listing(paths, 'parameters')}"
+            )
+        own = [(path, jnp.shape(x)) for path, x, f in zip(paths, leaves, found, strict=True) if f]
+        name = "/".join(_common_prefix([path for path, _ in own])) or pattern
+        layers = tuple(f"{name}/{i}" for i in range(_number_of_layers(own, axis)))
+        rest = jax.tree.structure(params).unflatten([None if f else x for x, f in zip(leaves, found, strict=True)])
+        of_rest = iter(_labels_of_leaves(_label_tree_of(others, rest), rest) if not all(found) else ())
+        labels = [
+            _Slices(layers, axis % jnp.ndim(x)) if f else next(of_rest) for x, f in zip(leaves, found, strict=True)
+        ]
+        return _label_tree(params, labels)
+
+    return label_params
+
+
+def _number_of_layers(leaves, axis):
+    """The length along an axis of leaves, pairs of path and shape, or an error that says which one doesn't fit."""
+    for path, shape in leaves:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"parameter {_show(path)} has shape {shape}, without axis {axis} along which its layers would be"
+                " stacked; give the axis, or a pattern that isn't found in this path"
+            )
+    lengths = {shape[axis]: path for path, shape in reversed(leaves)}
+    if len(lengths) > 1 or 0 in lengths:
+        shown = ", ".join(f"{n} of {_show(path)}" for n, path in reversed(lengths.items()))
+        raise ValueError(
+            f"stacked layers need one length of at least 1 along axis {axis}, got {shown}; give a pattern that is found"
+            " in the layers of one stack alone"
+        )
+    return next(iter(lengths), 0)
 
 
 def by_depth(n: int) -> Callable[[Any], Any]:

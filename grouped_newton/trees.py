@@ -43,8 +43,8 @@ def without_frozen(partition, tree, like=None):
 def root_mean_squares(partition, tree, dtype, axis_name=None):
     """Of the numbers of each group, (S,)."""
     leaves = partition.leaves(tree)
-    squares = partition.sums([x if x is None else jnp.sum(jnp.square(jnp.asarray(x, dtype))) for x in leaves], dtype)
-    sizes = partition.sums([x if x is None else jnp.asarray(jnp.size(x), dtype) for x in leaves], dtype)
+    squares = partition.totals([x if x is None else jnp.square(jnp.asarray(x, dtype)) for x in leaves], dtype)
+    sizes = jnp.asarray(partition.sizes(leaves), dtype)
     return jnp.sqrt(sharding.mean(squares, axis_name) / jnp.maximum(sizes, 1))
 
 

@@ -16,9 +16,10 @@ from jax import lax
 
 from grouped_newton import sharding
 from grouped_newton.derivatives.jaxprs import evaluate, named_in_errors, read
+from grouped_newton.derivatives.layered import Steps, fit_for, moved, reached, steps_first
 from grouped_newton.derivatives.program import Program
 from grouped_newton.derivatives.rules import bilinear, finite, general, linear, named_values, restricted, unary
-from grouped_newton.derivatives.stacks import Stack, in_room, spread_or_zero, wide, with_room, within
+from grouped_newton.derivatives.stacks import Layered, Stack, in_room, spread_or_zero, wide, with_room, within
 from grouped_newton.derivatives.sums import Sums
 
 
@@ -73,23 +74,31 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
 def tangent(program, env, ct, first, second, sums, order):
     """First and second tangents of every active variable; adds the local terms to ``sums``."""
     first, second = dict(first), dict(second)
-    reached = {v: x.slots for v, x in first.items()}
+    reach = {v: reached(x) for v, x in first.items()}
     for node in program.nodes:
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
+        if isinstance(x1[0], Layered):
+            keeps, z1 = moved(node, env, x1[0])
+            if keeps:
+                if z1 is not None:
+                    first[node.outs[0]], reach[node.outs[0]] = z1, reached(z1)
+                continue
+        x1 = fit_for(node, x1)
         if all(x is None for x in x1):
             continue
-        slots = tuple(sorted({s for v in node.active for s in reached.get(v, ())}))
+        slots = tuple(sorted({s for v in node.active for s in reach.get(v, ())}))
         roomy = lambda v, slots=slots: with_room(slots, v.aval.size, sums.num_groups)
         smallest = min(map(roomy, node.outs), key=len)
         x1, x2 = ([within(x, smallest) for x in stacks] for stacks in (x1, x2))
         if node.kind != "linear":
             x1, x2 = sums.settled(x1, x2)
-            first.update((v, x) for v, x in zip(node.active, x1, strict=True) if x is not None)
+            settled = zip(node.active, x1, strict=True)
+            first.update((v, x) for v, x in settled if x is not None and not isinstance(first[v], Layered))
             second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
         with named_in_errors(node.eqns):
             outs1, outs2 = _ruled(program, node, env, ct, x1, x2, sums, order)
         for v, z1, z2 in zip(node.outs, outs1, outs2, strict=True):
-            reached[v] = slots
+            reach[v] = slots
             if z1 is not None:
                 first[v] = in_room(z1, roomy(v))
             if z2 is not None:
@@ -268,28 +277,32 @@ def _scan_tangent(node, env, ct, x1, x2, sums, order):
     invars, outvars = body.jaxpr.invars, body.jaxpr.outvars
     consts, steps = env[node.outs, "saved"]
     x1, x2 = ({i: x for i, x in zip(scan.operands, stacks, strict=True) if x is not None} for stacks in (x1, x2))
-    slots = scan.slots({i: x.slots for i, x in x1.items()})
+    own = Steps(x1.values(), sums.num_groups)
+    slots, between = scan.slots({i: own.given(x) for i, x in x1.items()}, own.inside, own.outside)
     carried = [i for i in scan.operands if scan.is_carry(i) and invars[i] in slots]
     results = [o for o in scan.results if not isinstance(outvars[o], jex.Literal) and outvars[o] in slots]
-    start = lambda stacks: {i: spread_or_zero(stacks.get(i), slots[invars[i]], invars[i]) for i in carried}
-    scanned = lambda stacks: {i: jnp.moveaxis(x.array, 1, 0) for i, x in stacks.items() if scan.is_scanned(i)}
+    after = {o: tuple(sorted(own.outside(slots[outvars[o]]))) for o in results if o >= scan.num_carry}
+    start = lambda stacks: {i: spread_or_zero(stacks.get(i), between[i], invars[i]) for i in carried}
     constant = lambda stacks: {invars[i]: x for i, x in stacks.items() if i < scan.num_consts}
-    end = lambda stacks, o, slot: spread_or_zero(within(stacks.get(outvars[o]), slot), slot, outvars[o])
+    scanned = lambda stacks: {i: steps_first(x) for i, x in stacks.items() if scan.is_scanned(i)}
 
-    def inputs(stacks, carry, x):
-        found = constant(stacks) | {invars[i]: Stack(slots[invars[i]], array) for i, array in carry.items()}
-        return found | {invars[i]: Stack(stacks[i].slots, array) for i, array in x.items()}
+    def inputs(stacks, carry, x, k):
+        found = constant(stacks) | {invars[i]: Stack(between[i], array) for i, array in carry.items()}
+        found |= {invars[i]: Stack(own.given(stacks[i]), array) for i, array in x.items()}
+        return {v: own.enter(stack, k) for v, stack in found.items()}
 
     def step(state, slices):
         carry1, carry2, hbar, third = state
-        step_values, adjoints, slice1, slice2 = slices
+        k, step_values, adjoints, slice1, slice2 = slices
         body_env, body_ct = _scan_values_and_adjoints(scan, consts, step_values, adjoints)
-        inner = Sums(sums.num_groups, sums.dtype, sums.axes)
-        first, second = inputs(x1, carry1, slice1), inputs(x2, carry2, slice2)
+        inner = Sums(own.num_groups, sums.dtype, sums.axes)
+        first, second = inputs(x1, carry1, slice1, k), inputs(x2, carry2, slice2, k)
         first, second = tangent(body, body_env, body_ct, first, second, inner, order)
-        out_of = lambda stacks: {i: end(stacks, i - scan.num_consts, slots[invars[i]]) for i in carried}
-        ys = lambda stacks: {o: end(stacks, o, slots[outvars[o]]) for o in results if o >= scan.num_carry}
+        end = lambda stacks, o, slots: own.leave(stacks.get(outvars[o]), slots, outvars[o], k)
+        out_of = lambda stacks: {i: end(stacks, i - scan.num_consts, between[i]) for i in carried}
+        ys = lambda stacks: {o: end(stacks, o, slots) for o, slots in after.items()}
         _, local_hbar, local_third = inner.totals()
+        local_hbar, local_third = own.totals(local_hbar, local_third, k)
         state = out_of(first), out_of(second) if order > 2 else {}, hbar + local_hbar, third + local_third
         return state, (ys(first), ys(second) if order > 2 else {})
 
@@ -297,7 +310,7 @@ def _scan_tangent(node, env, ct, x1, x2, sums, order):
     (carry1, carry2, hbar, third), (ys1, ys2) = lax.scan(
         step,
         (start(x1), start(x2) if order > 2 else {}, *zero),
-        (steps, env[node.outs, "adjoints"], scanned(x1), scanned(x2)),
+        (own.numbers(scan.length), steps, env[node.outs, "adjoints"], scanned(x1), scanned(x2)),
         scan.length,
         scan.reverse,
     )
@@ -306,7 +319,7 @@ def _scan_tangent(node, env, ct, x1, x2, sums, order):
     def out(carry, ys, o):
         if o < scan.num_carry:
             i = o + scan.num_consts
-            return Stack(slots[invars[i]], carry[i]) if i in carry else None
-        return Stack(slots[outvars[o]], jnp.moveaxis(ys[o], 0, 1)) if o in ys else None
+            return Stack(between[i], carry[i]) if i in carry else None
+        return Stack(after[o], jnp.moveaxis(ys[o], 0, 1)) if o in ys else None
 
     return [out(carry1, ys1, o) for o in scan.results], [out(carry2, ys2, o) for o in scan.results]

@@ -112,22 +112,27 @@ class Scan(NamedTuple):
         pairs += [(outvars[o], value) for o, value in ct_y.items()]
         return [(v, value) for v, value in pairs if not isinstance(v, jex.Literal)]
 
-    def slots(self, given):
-        """The slots that reach every variable of the body, given those of its operands: a fixed point."""
-        sets = {self.body.jaxpr.invars[i]: set(slots) for i, slots in given.items()}
+    def slots(self, given, inside, outside):
+        """The slots that reach every variable of the body, and every operand between its steps: a fixed point.
+
+        ``given`` has those of the operands; ``inside`` and ``outside`` say what they become within a step and after it.
+        """
+        jaxpr, between = self.body.jaxpr, {i: set(slots) for i, slots in given.items()}
         while True:
+            sets = {jaxpr.invars[i]: inside(slots) for i, slots in between.items()}
             for node in self.body.nodes:
                 reached = set().union(*(sets.get(v, ()) for v in node.active))
                 sets.update((v, reached) for v in node.outs)
             changed = False
-            for k in range(self.num_carry):
-                v, out = self.body.jaxpr.invars[self.num_consts + k], self.body.jaxpr.outvars[k]
-                grown = set(sets.get(v, ())) | (set() if isinstance(out, jex.Literal) else set(sets.get(out, ())))
-                changed |= grown != set(sets.get(v, ()))
+            for i, out in enumerate(jaxpr.outvars[: self.num_carry], self.num_consts):
+                before = between.get(i, set())
+                grown = before | outside(sets.get(variable(out), set()))
+                changed |= grown != before
                 if grown:
-                    sets[v] = grown
+                    between[i] = grown
             if not changed:
-                return {v: tuple(sorted(slots)) for v, slots in sets.items()}
+                in_order = lambda table: {v: tuple(sorted(slots)) for v, slots in table.items()}
+                return in_order(sets), in_order(between)
 
 
 def build(closed: Any, active: Sequence[bool], cache: dict | None = None, forgiving: bool = False) -> Program:

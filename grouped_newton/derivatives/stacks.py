@@ -23,6 +23,14 @@ class Stack(NamedTuple):
     array: jax.Array
 
 
+class Layered(NamedTuple):
+    """Tangents of a value's layers: slice k along ``axis`` is of the group of slot ``slots[k]``, or -1: of none."""
+
+    slots: tuple[int, ...]
+    array: jax.Array
+    axis: int
+
+
 def map_rows(fn, *stacks):
     """``fn`` of every row, at once; one by one where JAX can't batch one of its equations."""
     if all(len(x) == 1 for x in jax.tree.leaves(stacks)):
@@ -67,6 +75,8 @@ def in_room(stack, slots):
 
 def within(stack, slots):
     """The stack without the rows of other slots, which are zero."""
+    if isinstance(stack, Layered):
+        return stack
     kept = stack and tuple(s for s in stack.slots if s in slots)
     return Stack(kept, select(stack, kept)) if kept else None
 

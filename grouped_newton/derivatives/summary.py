@@ -149,11 +149,15 @@ def summary_of(
     traced = lambda: jax.make_jaxpr(restricted)([theta[i] for i in moving])
     with jax.numpy_dtype_promotion("standard"), naming_rules(traced):  # strict rules let half precision meet nothing
         if method == "nested":
-            local = Summary(*nested(loss_of_leaves, theta, u, partition, dtype, order))
+            pieces = partition.in_pieces()
+            loss_of_pieces = lambda values: loss_of_leaves(partition.joined(values))
+            local = Summary(*nested(loss_of_pieces, partition.cut(theta), partition.cut(u), pieces, dtype, order))
         else:
+            own = [partition.groups_of(i) for i in range(len(theta))]
+            layer_axes = [layers and layers.axis for layers in partition.layers]
             num_groups = partition.num_groups
             options = dtype, order, max_stack, forgiving
-            local = Summary(*sweep(loss_of_leaves, theta, u, partition.index, num_groups, *options))
+            local = Summary(*sweep(loss_of_leaves, theta, u, own, layer_axes, num_groups, *options))
     return _over_devices(local, names, axes)
 
 

@@ -57,7 +57,7 @@ class Sums:
         arrays = [None if x is None else x.array for x in (*x1, *x2)]
         arrays, self.values[self.computed :] = lax.optimization_barrier((arrays, self.values[self.computed :]))
         self.computed = len(self.values)
-        stacks = [None if x is None else Stack(x.slots, a) for x, a in zip((*x1, *x2), arrays, strict=True)]
+        stacks = [None if x is None else x._replace(array=a) for x, a in zip((*x1, *x2), arrays, strict=True)]
         return stacks[: len(x1)], stacks[len(x1) :]
 
     def totals(self):

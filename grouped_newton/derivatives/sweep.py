@@ -32,10 +32,11 @@ from jax import lax
 from grouped_newton import sharding
 from grouped_newton.derivatives.custom_rules import by_rule
 from grouped_newton.derivatives.jaxprs import is_half, read
+from grouped_newton.derivatives.layered import sums_of_layers
 from grouped_newton.derivatives.passes import adjoint, primal, tangent
 from grouped_newton.derivatives.program import build
 from grouped_newton.derivatives.rules import finite
-from grouped_newton.derivatives.stacks import Stack, inner
+from grouped_newton.derivatives.stacks import Layered, Stack, inner
 from grouped_newton.derivatives.sums import Sums
 
 
@@ -43,7 +44,8 @@ def sweep(
     loss: Callable,
     theta: list,
     u: list,
-    index: Sequence[int],
+    groups: Sequence[tuple[int, ...]],
+    layer_axes: Sequence[int | None],
     num_groups: int,
     dtype: Any,
     order: int = 3,
@@ -52,28 +54,43 @@ def sweep(
 ):
     """(loss, gbar, hbar, third) of a function of a list of leaves, along the list ``u``.
 
-    ``index`` has the group of every leaf, -1 for none; order 2 leaves third at zero. ``max_stack`` bounds the tangents
-    that are carried at once: with fewer than S, the groups go in chunks of half as many, every pair of chunks once.
-    A frozen leaf may be anything. What a ``forgiving`` sweep leaves out is at the head of ``rules.py``.
+    ``groups`` has the group of every leaf; where it has ``layer_axes``, the group of each index of that axis; of a
+    frozen one, which may be anything, none. Order 2 leaves third at zero. ``max_stack`` bounds the tangents that are
+    carried at once: with fewer than S, the groups go in chunks of half as many, every pair of chunks once. What a
+    ``forgiving`` sweep leaves out is at the head of ``rules.py``.
     """
-    moving = [i for i, g in enumerate(index) if g >= 0]
-    at, u, index = ([x[i] for i in moving] for x in (theta, u, index))
+    moving = [i for i, own in enumerate(groups) if own]
+    at, u = ([x[i] for i in moving] for x in (theta, u))
+    groups, layer_axes = [groups[i] for i in moving], [layer_axes[i] for i in moving]
     restricted = lambda values: loss([dict(zip(moving, values, strict=True)).get(i, x) for i, x in enumerate(theta)])
     closed = jax.make_jaxpr(restricted)(at)
     followed = by_rule(closed)
-    value, gbar, hbar, third = _sweep(followed, at, u, index, num_groups, dtype, order, max_stack, forgiving)
+    options = num_groups, dtype, order, max_stack, forgiving
+    value, gbar, hbar, third = _sweep(followed, at, u, groups, layer_axes, *options)
     if followed is not closed:  # the slopes of the gradient itself, also where a rule is not linear in the cotangent
         gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
         sums = Sums(num_groups, dtype, sharding.tracked_axes())
-        for g, dx, x in zip(index, gradient, u, strict=True):
-            sums.add_gbar(Stack((g,), inner((finite(dx) if forgiving else dx)[None], x[None])))
+        for own, axis, dx, x in zip(groups, layer_axes, gradient, u, strict=True):
+            sums.add_gbar(_slopes(finite(dx) if forgiving else dx, _along(x, own, axis)))
         gbar, _, _ = sums.totals()
     return value, gbar, hbar, third
 
 
-def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack, forgiving):
+def _along(u, slots, axis):
+    """The tangents of a parameter: of its group, or of those of its layers along an axis."""
+    return Stack(slots, u[None]) if axis is None else Layered(slots, u, axis)
+
+
+def _slopes(ct, x1):
+    """<ct, x1_s> for all groups s."""
+    if isinstance(x1, Stack):
+        return Stack(x1.slots, inner(ct[None], x1.array))
+    return sums_of_layers(x1, inner(*(jnp.moveaxis(array, x1.axis, 0) for array in (ct, x1.array))))
+
+
+def _sweep(closed, at, u, groups, layer_axes, num_groups, dtype, order, max_stack, forgiving):
     program = build(closed, [True] * len(at), forgiving=forgiving)
-    slot = _slots_by_first_use(program, index, num_groups)
+    slot = _slots_by_first_use(program, groups, num_groups)
     env = primal(program, at)
     (out,) = program.jaxpr.outvars
     value = jnp.asarray(read(env, out))
@@ -87,14 +104,16 @@ def _sweep(closed, at, u, index, num_groups, dtype, order, max_stack, forgiving)
     def one_pass(slots, order, u):
         """The sums of the groups of these slots, which are numbered anew: passes over as many groups look alike."""
         place = {r: k for k, r in enumerate(slots)}
-        moved = [
-            (v, x, place[slot[g]]) for v, x, g in zip(program.jaxpr.invars, u, index, strict=True) if slot[g] in place
-        ]
+        start = {}
+        for v, x, own, axis in zip(program.jaxpr.invars, u, groups, layer_axes, strict=True):
+            here = tuple(place.get(slot[g], -1) for g in own)
+            if max(here) >= 0:
+                start[v] = _along(x, here, axis)
         sums = Sums(len(place), dtype, axes)
-        first, _ = tangent(program, env, ct, {v: Stack((k,), x[None]) for v, x, k in moved}, {}, sums, order)
-        for v, x, k in moved:
+        first, _ = tangent(program, env, ct, start, {}, sums, order)
+        for v, x in start.items():
             if half and v in ct:
-                sums.add_gbar(Stack((k,), inner(ct[v][None], x[None])))
+                sums.add_gbar(_slopes(ct[v], x))
         if not half and _is_active(first, out):
             sums.add_gbar(first[out])
         if len(place) == num_groups:
@@ -133,10 +152,10 @@ def _passes(num_groups, max_stack):
     return [[*a, *b] for a, b in itertools.combinations(chunks, 2)]
 
 
-def _slots_by_first_use(program, index, num_groups):
+def _slots_by_first_use(program, groups, num_groups):
     """A number for every group, in the order in which the program first reads one of its parameters."""
-    group = dict(zip(program.jaxpr.invars, index, strict=True))
-    seen = dict.fromkeys(group[v] for node in program.nodes for v in node.active if v in group)
+    groups_of = dict(zip(program.jaxpr.invars, groups, strict=True))
+    seen = dict.fromkeys(g for node in program.nodes for v in node.active for g in groups_of.get(v, ()))
     seen.update(dict.fromkeys(range(num_groups)))
     slot = [0] * num_groups
     for r, g in enumerate(seen):
