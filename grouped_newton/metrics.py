@@ -44,21 +44,21 @@ def metrics(state: Any, names: Sequence[str] | None = None, *, learning_rate: An
       >>> [name for name in found if name.startswith("rate")], float(found["caution"])
       (['rate/hidden', 'rate/output'], 1.0)
     """
-    newton = jax.tree.map(jnp.asarray, _the_one(state)._replace(direction=None, origin=None))
-    S = newton.rates.shape[0]
+    newton = _the_one(state)
+    eta = learning_rate * jnp.asarray(newton.rates)  # an NNX variable in an NNX optimizer, as all fields are
+    loss, gbar, hbar, _ = map(jnp.asarray, newton.summary)
+    S = eta.shape[0]
     if names is None:
         labels = ["rate"] if S == 1 else [f"rate/{s}" for s in range(S)]
     elif len(names) == S:
         labels = [f"rate/{name}" for name in names]
     else:
         raise ValueError(f"names must have one name for each of the {S} groups in the state, got {len(names)}")
-    eta, summary = learning_rate * newton.rates, newton.summary
-    curvature = jnp.sum(summary.hbar * eta[:, None] * eta[None])
     return {
         **dict(zip(labels, eta, strict=True)),
-        "predicted_decrease": jnp.sum(summary.gbar * eta) - curvature / 2,
-        "loss": summary.loss,
-        **{name: getattr(newton, name) for name in _AS_THEY_ARE},
+        "predicted_decrease": jnp.sum(gbar * eta) - jnp.sum(hbar * eta[:, None] * eta[None]) / 2,
+        "loss": loss,
+        **{name: jnp.asarray(getattr(newton, name)) for name in _AS_THEY_ARE},
     }
 
 

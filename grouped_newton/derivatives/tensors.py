@@ -41,11 +41,10 @@ def derivative_tensors(
     in the signs of a :class:`Summary`: T_1 is its ``gbar``, T_2 its ``hbar``, the diagonal of T_3 its
     ``third``. Derivatives in the rates eta of L(theta - sum_s eta_s u_s) are (-1)^k T_k.
 
-    Each of the C(S + k - 2, k - 1) rows of T_k is the gradient of k - 1 nested jvps: C evaluations of the
-    gradient for T_1 and T_2 together with S = C - 1 groups, S (S + 1) / 2 of a second derivative's for
-    T_3, each some 2^(k-1) gradients at most. docs/guides/curvature.md has measurements. It is for
-    looking at a loss; :func:`summarize` is far cheaper for what a rate needs. Its memory is that of one
-    row.
+    T_k is symmetric: C(S + k - 2, k - 1) rows of it are computed, one after another, each the gradient of
+    k - 1 nested jvps, at some 2^(k-1) gradients. So T_2 costs about 2 S gradients, T_3 2 S (S + 1), T_4
+    4 S (S + 1) (S + 2) / 3; docs/guides/curvature.md has measurements. The memory is that of one row. It
+    is for looking at a loss: :func:`summarize` is far cheaper for what a rate needs.
 
     Args:
       value_fn: the loss L, from params to one real number. ``jax.custom_vjp`` is followed as
