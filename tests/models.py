@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import grouped_newton as gn
+
 _REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
 
 
@@ -99,3 +101,21 @@ def regression_batches(steps, seed=0, dtype=jnp.float32):
     x = rng.normal(size=(steps, 16, 3))
     y = np.stack([np.sin(x[..., 0]) + x[..., 1], x[..., 2] * x[..., 0]], axis=-1)
     return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+
+
+@jax.custom_vjp
+def sine(x):
+    """Differentiable by its rule alone."""
+    return lax.stop_gradient(jnp.sin(x))
+
+
+sine.defvjp(lambda x: (sine(x), x), lambda x, ct: (jnp.cos(x) * ct,))
+
+
+def custom_rule_problem():
+    """Two groups across leaves in another order than the forward pass, a frozen leaf and a custom rule."""
+    problem = tanh_mlp((3, 4, 2), seed=3)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 3)))
+    loss = lambda p: jnp.mean(jnp.exp(apply_dense(p, x, sine)))
+    labels = {"Dense_0": {"bias": "y", "kernel": "x"}, "Dense_1": {"bias": gn.groups.FROZEN, "kernel": "y"}}
+    return loss, problem.params, problem.direction, labels
