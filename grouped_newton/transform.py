@@ -291,7 +291,7 @@ def _checked(summary_fn, groups, S):
     def summary_at(params, direction):
         summary = summary_fn(params, direction, groups)
         shapes = jax.tree.map(jnp.shape, summary)
-        if shapes != Summary((), (S,), (S, S), (S,)):
+        if not isinstance(summary, Summary) or tuple(shapes) != ((), (S,), (S, S), (S,)):
             raise ValueError(
                 f"summary_fn must return a Summary of {S} groups, got {shapes} as the shapes; pass on the groups that"
                 " it is given, as functools.partial(summarize, loss) does"

@@ -80,7 +80,7 @@ def gauss_newton_summary(
     u = matching_leaves(direction, params, partition)
     moving = [i for i, g in enumerate(partition.index) if g >= 0]
     at = [jnp.asarray(theta[i]) for i in moving]
-    model = lambda values: model_fn(treedef.unflatten(replaced(theta, moving, values)))
+    model = lambda values: model_fn(jax.tree.unflatten(treedef, replaced(theta, moving, values)))
     with jax.numpy_dtype_promotion("standard"), naming_rules(lambda: jax.make_jaxpr(model)(at)):
         structure = jax.tree.structure(jax.eval_shape(model, at))
         smooth = in_forward_mode(model, at) or (lambda values: jax.tree.leaves(model(values)))
@@ -93,7 +93,7 @@ def gauss_newton_summary(
     along = list(zip(*tangents, strict=True)) or [()] * len(z)
 
     def linearised(e):
-        return loss_fn(structure.unflatten([_moved(x, e, dx) for x, dx in zip(z, along, strict=True)]))
+        return loss_fn(jax.tree.unflatten(structure, [_moved(x, e, dx) for x, dx in zip(z, along, strict=True)]))
 
     zero, one = ([jnp.full((), value, dtype)] * partition.num_groups for value in (0, 1))
     return summarize(linearised, zero, one, _groups.per_tensor, order=order, axis_name=axis_name)

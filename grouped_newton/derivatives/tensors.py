@@ -86,7 +86,7 @@ def derivative_tensors(
     at = [jnp.asarray(theta[i]) for i in moving]
 
     def loss(values):
-        return real_scalar(value_fn(treedef.unflatten(replaced(theta, moving, values))), dtype)
+        return real_scalar(value_fn(jax.tree.unflatten(treedef, replaced(theta, moving, values))), dtype)
 
     def along(loss):
         """psi of a loss of the leaves that have a group."""
