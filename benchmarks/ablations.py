@@ -64,6 +64,28 @@ def directed(b1, b2, **values):
     return options(direction=optax.scale_by_adam(b1=b1, b2=b2, **values))
 
 
+def summarised(summary_of, **options):
+    """Another summary: ``summary_of(extra_args)`` is the function of (params, direction, groups)."""
+    tx = gn.grouped_newton(**options)
+
+    def update(*args, **extra_args):
+        return tx.update(*args, **extra_args, summary_fn=summary_of(extra_args))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def diagonal(extra_args):
+    return lambda *at: gn.diagonal(gn.summarize(extra_args["value_fn"], *at))
+
+
+def order_2(extra_args):
+    return functools.partial(gn.summarize, extra_args["value_fn"], order=2)
+
+
+def gauss_newton(extra_args):
+    return functools.partial(gn.gauss_newton_summary, extra_args["model_fn"], extra_args["loss_fn"])
+
+
 VARIANTS = {
     "the defaults": gn.grouped_newton,
     "slopes on the gradient's own batch": options(delayed=False),
@@ -85,6 +107,10 @@ VARIANTS = {
     "`growing_period(20)`": options(refresh_every=gn.growing_period(20)),
     "damping fixed at 1": options(internal_damping=1.0),
     "no third order": options(internal_damping=0.0),
+    "order 2": functools.partial(summarised, order_2),
+    "Gauss-Newton": functools.partial(summarised, gauss_newton),
+    "a group a module, diagonal": functools.partial(summarised, diagonal, groups=gn.groups.per_module),
+    "a group a module, Gauss-Newton": functools.partial(summarised, gauss_newton, groups=gn.groups.per_module),
     "no `value` passed": without_value,
     "Adam (0.9, 0.999)": directed(0.9, 0.999),
     "Muon's direction for matrices": options(direction=optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0))),

@@ -18,11 +18,12 @@ import grouped_newton as gn
 
 
 class Model(NamedTuple):
-    """A loss of the params, where to take it, and its groups."""
+    """A loss of the params, where to take it, its groups; if it comes apart, params to outputs and outputs to loss."""
 
     loss: Callable
     params: Any
     groups: Any
+    parts: tuple[Callable, ...] = ()
 
 
 class _Init:
@@ -49,14 +50,14 @@ def mlp(widths, groups, batch=100, seed=0, dtype=float):
     shapes = list(itertools.pairwise(widths))
     params = {f"layer_{i}": {"w": init(a, b), "b": init(b, scale=0.1)} for i, (a, b) in enumerate(shapes)}
 
-    def loss(params):
+    def logits(params):
         h = x
         for i in range(len(shapes)):
             h = h @ params[f"layer_{i}"]["w"] + params[f"layer_{i}"]["b"][None]
             h = jnp.tanh(h) if i + 1 < len(shapes) else h
-        return _cross_entropy(h, y)
+        return h
 
-    return Model(loss, params, groups)
+    return Model(lambda p: _cross_entropy(logits(p), y), params, groups, (logits, lambda z: _cross_entropy(z, y)))
 
 
 def _conv(x, w, stride=1, padding="SAME"):

@@ -4,7 +4,8 @@ All times are medians of calls made in turns in one process, after a warm-up, as
 gradient of the same loss. *matmuls* are the matrix products and convolutions of the sweep alone, on data of the same
 shapes: what a perfect fusion of everything else would leave. *memory* is XLA's temporary buffers and outputs (for a
 gradient, mostly its outputs), as a multiple of the gradient's. *hessian* is ``jax.hessian`` of phi and nested jvps for
-the third order, without anything of ours. A dash stands for a method that is skipped because a call would take longer
+the third order, without anything of ours. Other methods are measured if they are named: *gauss-newton*, on perceptrons,
+and all derivative tensors up to an order. A dash stands for a method that is skipped because a call would take longer
 than the limit, by its multiplications at the gradient's rate.
 
 With --first-calls, another table: seconds of the first call, tracing, lowering, compiling and running, of the gradient,
@@ -35,10 +36,15 @@ import grouped_newton as gn
 from grouped_newton.groups import resolve
 
 METHODS = ("sweep", "order 2", "nested", "hessian", "matmuls")
+OTHERS = ("gauss-newton", "tensors to 2", "tensors to 3", "tensors to 4")
 
 
 def summary(model, **options):
     return lambda params, u: gn.summarize(model.loss, params, u, model.groups, **options)
+
+
+def tensors(model, order):
+    return lambda params, u: gn.derivative_tensors(model.loss, params, u, model.groups, order)
 
 
 def hessian(model):
@@ -121,6 +127,8 @@ def functions_of(model, u):
         "order 2": lambda: (summary(model, order=2), at),
         "nested": lambda: (summary(model, method="nested"), at),
         "hessian": lambda: (hessian(model), at),
+        "gauss-newton": lambda: (lambda p, u: gn.gauss_newton_summary(*model.parts, p, u, model.groups), at),
+        **{name: lambda order=int(name[-1]): (tensors(model, order), at) for name in OTHERS[1:]},
         "matmuls": lambda: (lambda run, operands: (run, (operands,)))(*matmuls(model)),
     }
 
@@ -216,7 +224,12 @@ def main():
     models = MODELS | A_GROUP_A_BLOCK
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL", help=f"of {'; '.join(models)}")
     parser.add_argument(
-        "--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}"
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        choices=METHODS + OTHERS,
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: all these), {', '.join(OTHERS)}",
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, a model (default: 10)")
     parser.add_argument(

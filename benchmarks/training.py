@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
-from workloads import CHOOSING, LARGE, REPORTING, Workload, load
+from workloads import CHOOSING, LARGE, REPORTING, Composed, Workload, load
 
 import grouped_newton as gn
 
@@ -133,8 +133,11 @@ def _compiled(loss, draw, make, own_batch):
         key, other = jax.random.split(jax.random.fold_in(jax.random.key(seed), count))
         batch = draw(key, train)
         value, grads = jax.value_and_grad(loss)(params, batch)
-        value_fn = lambda p: loss(p, batch if own_batch else draw(other, train))
-        extra = {"value": value, "grad": grads, "value_fn": value_fn}
+        newton_batch = batch if own_batch else draw(other, train)
+        extra = {"value": value, "grad": grads, "value_fn": lambda p: loss(p, newton_batch)}
+        if isinstance(loss, Composed):  # for those who ask
+            extra |= {"model_fn": lambda p: loss.model(p, newton_batch)}
+            extra |= {"loss_fn": lambda z: loss.of_outputs(z, newton_batch)}
         updates, state = optimizer(traced, static).update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state, count + 1
 

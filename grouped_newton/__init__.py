@@ -7,7 +7,10 @@ from grouped_newton import groups
 from grouped_newton.averaging import AverageParamsState, average_params, eval_params
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
 from grouped_newton.damping import AdaptiveDamping, ModelError, adaptive_damping
+from grouped_newton.derivatives.curvature import diagonal, gauss_newton_summary
 from grouped_newton.derivatives.summary import Summary, summarize
+from grouped_newton.derivatives.tensors import derivative_tensors
+from grouped_newton.metrics import metrics
 from grouped_newton.optimizer import grouped_newton
 from grouped_newton.rates import cubic_rates, edge_rates, growing_period
 from grouped_newton.transform import GroupedNewtonState, scale_by_grouped_newton
@@ -25,11 +28,15 @@ __all__ = [
     "adaptive_damping",
     "average_params",
     "cubic_rates",
+    "derivative_tensors",
+    "diagonal",
     "edge_rates",
     "eval_params",
+    "gauss_newton_summary",
     "grouped_newton",
     "groups",
     "growing_period",
+    "metrics",
     "scale_by_grouped_newton",
     "solve_cubic",
     "summarize",

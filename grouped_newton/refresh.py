@@ -20,7 +20,7 @@ from grouped_newton import memory as _memory
 from grouped_newton.cubic import CubicStatus
 from grouped_newton.damping import AdaptiveDamping, model_error
 from grouped_newton.derivatives.rewrites import canonical_where_needed
-from grouped_newton.derivatives.summary import Summary, summary_of
+from grouped_newton.derivatives.summary import Summary
 from grouped_newton.groups import Partition
 from grouped_newton.numerics import all_finite, all_zero, computed_once, total
 from grouped_newton.rates import EdgeRates, RateRule, edge_rates
@@ -134,6 +134,7 @@ def refresh(
     settings: Settings,
     partition: Partition,
     loss_fn: Callable[[Any], jax.Array],
+    summary_at: Callable[[Any, Any], Summary],
     state: GroupedNewtonState,
     updates: Any,
     params: Any,
@@ -148,10 +149,7 @@ def refresh(
         u = trees.either(partition, first, updates, state.direction)
         theta = trees.either(partition, first, params, state.origin)
     state = state._replace(direction=None, origin=None)
-    of_loss = lambda: summary_of(
-        loss_fn, theta, u, partition, axis_name=settings.axis_name, forgiving=True, **settings.options
-    )
-    summary = computed_once(run(of_loss))
+    summary = computed_once(run(lambda: summary_at(theta, u)))
     levelled = averaged_params is not None
     if levelled:
         halfway = trees.halfway(partition, averaged_params, params)

@@ -1,6 +1,7 @@
 """The optax transform: state and glue. No formula lives here."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -17,7 +18,7 @@ from grouped_newton import rates as _rates
 from grouped_newton import sharding, spikes, trees
 from grouped_newton.cubic import CubicStatus
 from grouped_newton.damping import AdaptiveDamping
-from grouped_newton.derivatives.summary import check_options, one_number, summary_dtype
+from grouped_newton.derivatives.summary import Summary, check_options, one_number, summary_dtype, summary_of
 from grouped_newton.numerics import all_zero, is_traced, zero_nonfinite
 from grouped_newton.refresh import GroupedNewtonState, Settings, refresh
 
@@ -75,6 +76,10 @@ def scale_by_grouped_newton(
     refresh them; with ``averaged_params``, the average that :func:`average_params` keeps, only the first rates are the
     rule's: later their ratios stay, and their size follows what that average gains by them, see
     :mod:`grouped_newton.annealing`. That evaluates the loss three times more per refresh.
+
+    Another curvature: with ``summary_fn``, a function ``(params, direction, groups) -> Summary``, in ``update``, a
+    refresh takes that instead of ``functools.partial(summarize, value_fn)`` with ``method``, ``max_stack`` and
+    ``axis_name``: ``functools.partial(gauss_newton_summary, model_fn, loss_fn)``, for one.
 
     Args:
       groups: a grouping, see :mod:`grouped_newton.groups`; per tensor by default.
@@ -135,7 +140,7 @@ def scale_by_grouped_newton(
     def init(params):
         return _initial(settings, resolve_groups(groups, params), params)
 
-    def update(updates, state, params=None, *, value_fn=None, averaged_params=None, **extra_args):
+    def update(updates, state, params=None, *, value_fn=None, summary_fn=None, averaged_params=None, **extra_args):
         check_update_arguments(params, value_fn)
         partition = resolve_groups(groups, params)
         if state.eta.shape != (partition.num_groups,):
@@ -144,6 +149,11 @@ def scale_by_grouped_newton(
                 " these params; call init with the params and grouping that are used in update"
             )
         loss_fn = _with_arguments(value_fn, extra_args)
+        summary_at = functools.partial(
+            summary_of, loss_fn, partition=partition, axis_name=axis_name, forgiving=True, **settings.options
+        )
+        if summary_fn is not None:
+            summary_at = _checked(summary_fn, _grouping(groups, params), partition.num_groups)
         spike = None
         if extra_args.get("value") is not None:
             value = one_number("value must be", extra_args["value"], "tx.update(..., value=value[0])")
@@ -154,7 +164,7 @@ def scale_by_grouped_newton(
         new = state._replace(direction=None, origin=None)
         new = lax.cond(
             due,
-            lambda: refresh(settings, partition, loss_fn, state, updates, params, averaged_params),
+            lambda: refresh(settings, partition, loss_fn, summary_at, state, updates, params, averaged_params),
             lambda: new,
         )
         if spike is not None:
@@ -271,6 +281,24 @@ def _with_clones_of_keys(value_of, params):
     consts = [jax.random.clone(x) if is_key(x) else x for x in closed.consts]
     found = jex.jaxpr_as_fun(jex.ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(params))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _checked(summary_fn, groups, S):
+    """A caller's summary function, with an error where it returns something else than a summary of S groups."""
+    if not callable(summary_fn):
+        raise TypeError(f"summary_fn must be a function (params, direction, groups) -> Summary, got {summary_fn!r}")
+
+    def summary_at(params, direction):
+        summary = summary_fn(params, direction, groups)
+        shapes = jax.tree.map(jnp.shape, summary)
+        if not isinstance(summary, Summary) or tuple(shapes) != ((), (S,), (S, S), (S,)):
+            raise ValueError(
+                f"summary_fn must return a Summary of {S} groups, got {shapes} as the shapes; pass on the groups that"
+                " it is given, as functools.partial(summarize, loss) does"
+            )
+        return summary
+
+    return summary_at
 
 
 def check_update_arguments(params, value_fn):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import grouped_newton as gn
+
 _REFERENCE = pathlib.Path(__file__).parent / "data" / "reference_summary.npz"
 
 
@@ -111,3 +113,21 @@ def valleys(params, mix):
     (x,), (y,), (stem,) = params["head"]["w"], params["tail"]["b"], params["stem"]["b"]
     parabola = (x - 1) ** 2 + (y + 1) ** 2
     return mix * parabola + (1 - mix) * ((1 - x) ** 2 + 100 * (y - x**2) ** 2) + stem**2
+
+
+@jax.custom_vjp
+def sine(x):
+    """Differentiable by its rule alone."""
+    return lax.stop_gradient(jnp.sin(x))
+
+
+sine.defvjp(lambda x: (sine(x), x), lambda x, ct: (jnp.cos(x) * ct,))
+
+
+def custom_rule_problem():
+    """Two groups across leaves in another order than the forward pass, a frozen leaf and a custom rule."""
+    problem = tanh_mlp((3, 4, 2), seed=3)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 3)))
+    loss = lambda p: jnp.mean(jnp.exp(apply_dense(p, x, sine)))
+    labels = {"Dense_0": {"bias": "y", "kernel": "x"}, "Dense_1": {"bias": gn.groups.FROZEN, "kernel": "y"}}
+    return loss, problem.params, problem.direction, labels

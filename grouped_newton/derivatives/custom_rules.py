@@ -47,8 +47,11 @@ def by_rule(closed: Any) -> Any:
     return _opened(closed)
 
 
-def in_forward_mode(fn: Callable[[list], jax.Array], args: list) -> Callable[[list], jax.Array] | None:
-    """``fn`` of a list of arrays by the rules of its custom_vjps, so that jvps can be nested; None if it has none."""
+def in_forward_mode(fn: Callable[[list], Any], args: list) -> Callable[[list], list] | None:
+    """``fn`` of a list of arrays by the rules of its custom_vjps, so that jvps can be nested; None if it has none.
+
+    It returns a list of the leaves of what ``fn`` does.
+    """
     closed = jax.make_jaxpr(fn)(args)
     run = jex.jaxpr_as_fun(by_rule(closed))
     jvp = jax.make_jaxpr(lambda xs: jax.jvp(run, xs, xs))(args)
@@ -56,7 +59,7 @@ def in_forward_mode(fn: Callable[[list], jax.Array], args: list) -> Callable[[li
         run = followed(run)
     elif not holds(closed, CUSTOM_VJP):
         return None
-    return lambda args: run(*args)[0]
+    return lambda args: run(*args)
 
 
 def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:

@@ -22,7 +22,7 @@ def nested(loss, theta, u, partition, dtype, order):
 
     moving = [i for i, g in enumerate(partition.index) if g >= 0]
     by_rule = in_forward_mode(*restricted_to(moving, loss))
-    smooth = loss if by_rule is None else lambda leaves: by_rule([leaves[i] for i in moving])
+    smooth = loss if by_rule is None else lambda leaves: by_rule([leaves[i] for i in moving])[0]
 
     def inner_by_group(leaves, values):
         """<v, u>_t for every group t, of a v that is zero outside ``leaves``."""
