@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 FROZEN = "grouped_newton.groups.FROZEN"
 """Label of the leaves that get a zero update and belong to no group."""
@@ -113,7 +114,11 @@ class Partition(NamedTuple):
                 return still(leaf)
             dtype = jnp.result_type(leaf)
             wide = wider(dtype, factors.dtype)
-            return (factors[g].astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
+            return (factor(g).astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
+
+        # The place as an operand: as a constant it would make another kernel of every group, to be compiled.
+        places = lax.optimization_barrier([jnp.int32(g) for g in range(factors.size)])
+        factor = lambda g: lax.dynamic_index_in_dim(factors, places[g], keepdims=False)
 
         leaves, treedef = jax.tree.flatten(tree)
         return jax.tree.unflatten(treedef, [scaled(g, x) for g, x in zip(self.index_in(tree), leaves, strict=True)])
