@@ -109,16 +109,17 @@ class Partition(NamedTuple):
         leaf's own.
         """
 
+        @functools.cache
+        def factor(g):
+            # The place is an operand: with a constant one XLA would compile a kernel for every group.
+            return lax.dynamic_index_in_dim(factors, lax.optimization_barrier(jnp.int32(g)), keepdims=False)
+
         def scaled(g, leaf):
             if g < 0:
                 return still(leaf)
             dtype = jnp.result_type(leaf)
             wide = wider(dtype, factors.dtype)
             return (factor(g).astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
-
-        # The place as an operand: as a constant it would make another kernel of every group, to be compiled.
-        places = lax.optimization_barrier([jnp.int32(g) for g in range(factors.size)])
-        factor = lambda g: lax.dynamic_index_in_dim(factors, places[g], keepdims=False)
 
         leaves, treedef = jax.tree.flatten(tree)
         return jax.tree.unflatten(treedef, [scaled(g, x) for g, x in zip(self.index_in(tree), leaves, strict=True)])
