@@ -141,8 +141,7 @@ def refresh(
 ) -> GroupedNewtonState:
     """The state after a refresh, without its copies of direction and params."""
     run = canonical_where_needed(lambda: loss_fn(params))
-    loss_at = lambda x: run(lambda: loss_fn(x))
-    mean = lambda losses: sharding.mean(losses, settings.axis_name)
+    loss_at = lambda x: sharding.mean(run(lambda: loss_fn(x)), settings.axis_name)
     first = state.count == 0
     u, theta = updates, params
     if settings.delayed:
@@ -155,9 +154,8 @@ def refresh(
     summary = computed_once(run(of_loss))
     levelled = averaged_params is not None
     if levelled:
-        # In a loop, so that one copy of the loss is compiled instead of three.
-        losses = lax.map(lambda k: loss_at(trees.between(partition, k, averaged_params, params)), jnp.arange(3))
-        progress = annealing.measure(*mean(losses))
+        halfway = trees.halfway(partition, averaged_params, params)
+        progress = annealing.measure(loss_at(averaged_params), loss_at(halfway), loss_at(params))
         progress = annealing.remember(state.progress, progress, state.refreshes + 1)
         state = state._replace(progress=progress)
     sizes = [trees.root_mean_squares(partition, x, state.eta.dtype, settings.axis_name) for x in (theta, u)]
@@ -173,7 +171,7 @@ def refresh(
     if settings.adaptive:
         eta = settings.clipped(state.eta)
         moved = trees.subtract(partition, theta, partition.scale(eta, u))
-        state, gross = _tried(settings.adaptive, state, summary, eta, mean(loss_at(moved)))
+        state, gross = _tried(settings.adaptive, state, summary, eta, loss_at(moved))
         again |= gross
     return state._replace(
         next_refresh=jnp.where(again, jnp.minimum(later, state.count + 1 + soon), later),

@@ -57,14 +57,8 @@ def either(partition, condition, tree, kept):
     return partition.map(choose, tree, kept)
 
 
-def between(partition, k, a, b):
-    """``a``, the middle or ``b``, for k = 0, 1 or 2."""
-
-    def choose(b, a):
-        middle = (_wide(a, b) + (_wide(b, a) - _wide(a, b)) / 2).astype(jnp.result_type(b))
-        return jnp.where(k == 0, jnp.asarray(a, middle.dtype), jnp.where(k == 1, middle, b))
-
-    return partition.map(choose, b, a)
+def halfway(partition, a, b):
+    return partition.map(lambda b, a: (_wide(a, b) + (_wide(b, a) - _wide(a, b)) / 2).astype(jnp.result_type(b)), b, a)
 
 
 def _wide(x, other):

@@ -432,16 +432,3 @@ def test_a_spike_of_the_given_losses_halves_the_steps_and_the_next_step_refreshe
     updates, states = jax.jit(functools.partial(run, 1.0))(8)
     np.testing.assert_allclose(updates, 1.0, rtol=8 * EPS)
     np.testing.assert_array_equal(states.losses, 0)
-
-
-def test_what_the_averaged_params_gain_takes_one_more_copy_of_the_loss():
-    """Three evaluations by one loop: every copy that stands in the program is compiled."""
-    params = {"w": jnp.ones(3), "b": jnp.ones(())}
-    loss = lambda p: jnp.sum(jnp.cos(p["w"])) + p["b"] ** 2
-
-    def copies(averaging):
-        tx = gn.grouped_newton(averaging=averaging)
-        step = lambda state: tx.update(params, state, params, value=jnp.ones(()), value_fn=loss)
-        return str(jax.make_jaxpr(step)(tx.init(params))).count("= cos ")
-
-    assert copies(0.1) == copies(None) + 1
