@@ -271,10 +271,10 @@ def sines(n):
 
 # Name -> (a function that makes the model, options of the summary).
 FIRST_CALLS = {
-    **{f"{n} layers": (functools.partial(unrolled, n), {}) for n in (10, 50, 100, 200, 400)},
+    **{f"{n} layers": (functools.partial(unrolled, n), {}) for n in (2, 10, 50, 100, 200, 400)},
     "1,000 leaves": (functools.partial(leaves, 1000), {}),
-    "ravel_pytree of 400": (functools.partial(raveled, 400), {}),
-    "40 steps of a sine": (functools.partial(sines, 40), {}),
+    **{f"ravel_pytree of {n}": (functools.partial(raveled, n), {}) for n in (50, 100, 200, 400)},
+    **{f"{n} steps of a sine": (functools.partial(sines, n), {}) for n in (10, 40)},
     "60 groups": (functools.partial(unrolled, 60, max_groups=60), {}),
     "60 groups, max_stack=16": (functools.partial(unrolled, 60, max_groups=60), {"max_stack": 16}),
 }

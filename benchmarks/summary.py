@@ -9,9 +9,10 @@ and all derivative tensors up to an order. A dash stands for a method that is sk
 than the limit, by its multiplications at the gradient's rate.
 
 With --first-calls, another table: seconds of the first call, tracing, lowering, compiling and running, of the gradient,
-the summary and a whole step of ``gn.grouped_newton``, on losses that are long to write down. *CPU* is the processor's
-seconds of the same, which other work on the machine hardly changes; *peak memory* is the host's. Every figure is of
-a process of its own.
+the summary and a whole step of ``gn.grouped_newton``, with the loss's groups and with one, on losses that are long to
+write down. They are the processor's seconds, of all threads, which other work on the machine hardly changes; *clock* is
+the same on the clock, *gradients* the multiple of the gradient's, *peak memory* the host's. Every row is of a process
+of its own.
 
     python benchmarks/summary.py --help
 """
@@ -168,9 +169,9 @@ def measure(model, methods, seconds, limit=math.inf):
     return {name: (statistics.median(times[name]), first[name], memory[name]) for name in calls}
 
 
-def whole_step(model, options):
+def whole_step(model, groups, options):
     """A step of the default optimizer, gradient included, and its arguments."""
-    tx = gn.grouped_newton(groups=model.groups, **options)
+    tx = gn.grouped_newton(groups=groups, **options)
 
     def step(params, state):
         value, grads = jax.value_and_grad(model.loss)(params)
@@ -180,17 +181,20 @@ def whole_step(model, options):
     return step, (model.params, tx.init(model.params))
 
 
+WHATS = {
+    "gradient": lambda model, options: (jax.value_and_grad(model.loss), (model.params,)),
+    "summary": lambda model, options: (summary(model, **options), (model.params, model.params)),
+    "step": lambda model, options: whole_step(model, model.groups, options),
+    "step, one group": lambda model, options: whole_step(model, gn.groups.single, {}),
+}
+
+
 def first_call(name, what):
-    """Seconds of tracing, lowering, compiling, running, of the processor in all of them; bytes at the peak."""
+    """Of tracing, lowering, compiling, running: the processor's and the clock's seconds; bytes at the peak."""
     make, options = FIRST_CALLS[name]
-    model = make()
-    function, arguments = {
-        "gradient": lambda: (jax.value_and_grad(model.loss), (model.params,)),
-        "summary": lambda: (summary(model, **options), (model.params, model.params)),
-        "step": lambda: whole_step(model, options),
-    }[what]()
+    function, arguments = WHATS[what](make(), options)
     jax.block_until_ready(jax.jit(jnp.sin)(1.0))
-    times, cpu = [time.perf_counter()], time.process_time()
+    cpu, clock = [time.process_time()], [time.perf_counter()]
     stage = jax.jit(function)
     for advance in (
         lambda f: f.trace(*arguments),
@@ -199,24 +203,25 @@ def first_call(name, what):
         lambda compiled: jax.block_until_ready(compiled(*arguments)),
     ):
         stage = advance(stage)
-        times.append(time.perf_counter())
+        cpu.append(time.process_time())
+        clock.append(time.perf_counter())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return [b - a for a, b in itertools.pairwise(times)], time.process_time() - cpu, peak
+    return *([b - a for a, b in itertools.pairwise(times)] for times in (cpu, clock)), peak
 
 
-def first_calls(names):
-    """The table, every figure in a process of its own."""
-    columns = ["trace", "lower", "compile", "run", "first call, s", "CPU, s", "gradients", "of CPU", "peak memory, MB"]
-    print("| loss | what | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 2))
+def first_calls(names, whats):
+    """The table, every row of a process of its own."""
+    columns = ["trace", "lower", "compile", "run", "CPU, s", "gradients", "clock, s", "peak memory, MB"]
+    print(f"jax {jax.__version__}\n\n| loss | what | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 2))
     for name in tqdm(names, disable=None, leave=False):
-        base = None
-        for what in ("gradient", "summary", "step"):
+        base = math.nan
+        for what in whats:
             command = [sys.executable, __file__, "--first-call", name, what]
-            stages, cpu, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-            base = base or (sum(stages), cpu)
-            cells = [*(f"{x:.2f}" for x in (*stages, sum(stages), cpu))]
-            cells += [f"{sum(stages) / base[0]:.1f}", f"{cpu / base[1]:.1f}", f"{peak / 1e6:.0f}"]
-            print("| " + " | ".join([name, what, *cells]) + " |", flush=True)
+            cpu, clock, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            if what == "gradient":
+                base = sum(cpu)
+            cells = [*(f"{x:.2f}" for x in (*cpu, sum(cpu))), f"{sum(cpu) / base:.1f}", f"{sum(clock):.2f}"]
+            print("| " + " | ".join([name, what, *cells, f"{peak / 1e6:.0f}"]) + " |", flush=True)
 
 
 def main():
@@ -240,12 +245,15 @@ def main():
     parser.add_argument(
         "--first-calls", nargs="*", metavar="LOSS", help=f"the other table, of {'; '.join(FIRST_CALLS)} (default: all)"
     )
+    parser.add_argument(
+        "--whats", nargs="+", default=list(WHATS), choices=WHATS, metavar="WHAT", help=f"of {'; '.join(WHATS)}"
+    )
     parser.add_argument("--first-call", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.first_call:
         return print(json.dumps(first_call(*arguments.first_call)))
     if arguments.first_calls is not None:
-        return first_calls(arguments.first_calls or FIRST_CALLS)
+        return first_calls(arguments.first_calls or FIRST_CALLS, arguments.whats)
     if unknown := set(arguments.models) - set(models):
         parser.error(f"no model called {', '.join(sorted(unknown))}; there are {'; '.join(models)}")
 

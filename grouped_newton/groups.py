@@ -177,18 +177,23 @@ class Partition(NamedTuple):
         leaf's own.
         """
 
+        @functools.cache
+        def factor_of_group(g):
+            # The place is an operand: with a constant one XLA would compile a kernel for every group.
+            return lax.dynamic_index_in_dim(factors, lax.optimization_barrier(jnp.int32(g)), keepdims=False)
+
+        def factor(i, ndim):
+            if self.layers[i] is None:
+                return factor_of_group(self.index[i])
+            axis, own = self.layers[i]
+            return factors[np.array(own)].reshape([len(own) if d == axis else 1 for d in range(ndim)])
+
         def scaled(i, leaf):
             if self.index[i] < 0:
                 return still(leaf)
             dtype = jnp.result_type(leaf)
             wide = wider(dtype, factors.dtype)
             return (factor(i, jnp.ndim(leaf)).astype(wide) * jnp.asarray(leaf, wide)).astype(dtype)
-
-        def factor(i, ndim):
-            if self.layers[i] is None:
-                return factors[self.index[i]]
-            axis, own = self.layers[i]
-            return factors[np.array(own)].reshape([len(own) if d == axis else 1 for d in range(ndim)])
 
         leaves, treedef = jax.tree.flatten(tree)
         new = [scaled(i, x) for i, x in zip(self._numbers_in(tree), leaves, strict=True)]

@@ -14,6 +14,8 @@ def is_traced(value: Any) -> bool:
 
 def norm(x):
     """||x|| without overflow or underflow of the squares."""
+    if x.size == 1:
+        return jnp.abs(x).reshape(())
     # By a power of two: a quotient of quotients is compiled into one with a product below, which may underflow.
     k = exponent(folded(jnp.maximum, jnp.abs(x), 0))
     return ldexp(jnp.sqrt(total(ldexp(x, -k) ** 2)), k)
@@ -26,6 +28,8 @@ def folded(op, x, identity):
     and elementwise operations are fused and cost nothing.
     """
     x = jnp.ravel(x)
+    if x.size == 1:
+        return op(x.reshape(()), jnp.asarray(identity, x.dtype))
     missing = (1 << max(x.size - 1, 0).bit_length()) - x.size
     x = jnp.concatenate([x, jnp.full(missing, identity, x.dtype)])
     while x.size > 1:

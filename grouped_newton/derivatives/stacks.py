@@ -12,6 +12,7 @@ from jax import lax
 from grouped_newton import sharding
 
 _SHORT = 1 << 15
+_TINY = 1 << 12
 _FEW = 8
 _ROOM = 1 << 15  # numbers of a stack that may be zeros
 
@@ -134,6 +135,8 @@ def gram(x, y):
     if sharding.on_a_mesh(x, y):  # flat, an array that is divided along its inner axes would be gathered
         y, whole = sharding.with_sharding_of(y, jax.typeof(x)), sharding.replicated(x)
     else:
+        if len(x) == len(y) == 1 and x.size <= _TINY:
+            return inner(x, y)[None]  # as a product of matrices it would be four kernels
         x, y, whole = x.reshape(len(x), -1), y.reshape(len(y), -1), None
     axes = tuple(range(1, x.ndim))
     contracted = ((axes, axes), ((), ()))
@@ -144,7 +147,8 @@ def inner(x, y):
     """<x_s, y_s> for all s, accumulated in at least float32."""
     dtype = jnp.promote_types(wide(x.dtype), wide(y.dtype))
     products = x.astype(dtype) * y.astype(dtype)
-    if products.size <= _SHORT and not sharding.on_a_mesh(x, y):
+    short = products.size <= _SHORT and (len(x) > 1 or products.size > _TINY)
+    if short and not sharding.on_a_mesh(x, y):
         # On the CPU XLA pays for each reduction at every call, see numerics.folded. One row by one column would be one.
         ones = jnp.ones((math.prod(x.shape[1:]), 2), dtype)
         return jnp.matmul(products.reshape(len(x), len(ones)), ones, precision=lax.Precision.HIGHEST)[:, 0].real
