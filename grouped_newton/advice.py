@@ -196,7 +196,7 @@ def suggest_learning_rates(
             f"suggest_learning_rates takes at least 2 batches, better 50 to 100, got {len(batches)}; a direction is"
             " measured on the batch after its own. For a loss without noise, [batch] * 50"
         )
-    problem = _problem(loss_fn, params, groups, direction, edge_rates(factor))
+    problem = _problem(loss_fn, params, groups, direction, edge_rates(factor).factor)
     with _bar(progress) as bar:
         measured = _measure(problem, state, batches, bar)
         tried, level = _try(problem, state, batches, measured.edge, bar) if trials else ({}, 1.0)
@@ -232,7 +232,7 @@ class _Problem(NamedTuple):
     moving_labels: Any
     dtype: Any
     direction: optax.GradientTransformationExtraArgs
-    rule: Callable
+    factor: float
 
 
 class _Measured(NamedTuple):
@@ -245,7 +245,7 @@ class _Measured(NamedTuple):
     readings: int
 
 
-def _problem(loss_fn, params, groups, direction, rule):
+def _problem(loss_fn, params, groups, direction, factor):
     direction = in_float32(optax.scale_by_adam(b1=0.9, b2=0.999)) if direction is None else direction
     if not isinstance(direction, optax.GradientTransformation):
         raise TypeError(
@@ -264,7 +264,7 @@ def _problem(loss_fn, params, groups, direction, rule):
 
     moving = lambda tree: trees.without_frozen(partition, tree)
     direction, dtype = optax.with_extra_args_support(direction), summary_dtype(params, partition)
-    return _Problem(loss, moving(params), partition.names, labels, moving(labels), dtype, direction, rule)
+    return _Problem(loss, moving(params), partition.names, labels, moving(labels), dtype, direction, factor)
 
 
 def _check_options(steps, max_batches):
@@ -292,9 +292,9 @@ def _measure(problem, state, batches, bar):
     pairs = list(itertools.pairwise(batches))
     half, S = len(pairs) // 2, len(problem.names)
     read_at = {round(i) for i in np.linspace(half, len(pairs) - 1, _READINGS)} if S > 1 else ()
-    number = lambda dtype: jnp.zeros((), dtype)
+    number = jnp.zeros((), problem.dtype)
     begin = problem.direction.init(problem.theta) if state is None else state
-    walk = _Walk(problem.theta, begin, zeros(1, problem.dtype), number(jnp.int32), number(problem.dtype))
+    walk = _Walk(problem.theta, begin, zeros(1, problem.dtype), number, number)
     single, grouped = [], []
     for i, (batch, unseen) in enumerate(pairs):
         if i in read_at:
@@ -317,7 +317,7 @@ def _walk_on(problem, walk, batch, unseen):
     unit = jnp.where(unit > 0, unit, 1)
     count = jnp.minimum(walk.count + 1, _MEMORY)
     mean = jax.tree.map(lambda mean, x: mean + (x / unit - mean) / count, walk.mean, summary)
-    rate = _bounded_change(problem.rule(mean, 1.0).eta[0], walk.rate)
+    rate = _bounded_change(edge_rates(problem.factor)(mean, 1.0).eta[0], walk.rate)
     return _Walk(_moved(walk.theta, rate, u), state, mean, count, rate), summary, (value, optax.tree.vdot(grads, u))
 
 
@@ -362,13 +362,13 @@ def _read(problem, single, grouped):
             "the loss or its derivatives aren't finite in the second half of a short training at the edge rates; fewer"
             " batches, or a factor below 1.8, make it shorter or slower"
         )
-    edge, edge_draws = _edge(problem.rule, single)
-    rates, draws = (edge, edge_draws) if grouped is single else _edge(problem.rule, grouped)
+    edge, edge_draws = _edge(problem.factor, single)
+    rates, draws = (edge, edge_draws) if grouped is single else _edge(problem.factor, grouped)
     if edge[0] == 0:
+        slope, curvature = single.gbar.mean(), single.hbar.mean()
         raise ValueError(
-            f"no rate was found: the loss doesn't fall along the direction (mean slope {single.gbar.mean():.3g}) or its"
-            f" model has no minimum there (mean curvature {single.hbar.mean():.3g}). Training may have converged, or the"
-            " direction may be negated"
+            f"no rate was found: the loss doesn't fall along the direction (mean slope {slope:.3g}) or its model has no"
+            f" minimum there (mean curvature {curvature:.3g}). Training may have converged, or the direction is negated"
         )
     unit = _unit(grouped)
     size, mean = float(np.exp(np.log(unit).mean())), _mean(_scaled(grouped, unit))
@@ -386,13 +386,19 @@ def _read(problem, single, grouped):
     )
 
 
-def _edge(rule, summaries):
+def _edge(factor, summaries):
     """The rule's rates of the mean over batches, (S,), and of the means of draws with replacement, (draws, S)."""
     scaled, n = _scaled(summaries, _unit(summaries)), len(summaries.loss)
     drawn = np.random.default_rng(0).integers(0, n, (_DRAWS, n))
     means = jax.tree.map(lambda x: np.concatenate([x.mean(0)[None], x[drawn].mean(1)]), scaled)
-    eta = np.asarray(jax.jit(jax.vmap(rule, (0, None)))(means, 1.0).eta)
+    eta = np.asarray(_edges(means, factor))
     return eta[0], eta[1:]
+
+
+@jax.jit
+def _edges(means, factor):
+    """The edge rates of several summaries."""
+    return jax.vmap(lambda summary: edge_rates(factor)(summary, 1.0).eta)(means)
 
 
 def _unit(summaries):

@@ -22,16 +22,13 @@ def quadratic(params, batch):
     return sum(jnp.sum(jnp.asarray(SCALES[k], x.dtype) * (x - batch) ** 2) / 2 for k, x in params.items())
 
 
-def start(dtype=float):
-    return {"a": jnp.array([1.0, -2.0, 0.5], dtype), "b": jnp.array([3.0, 1.0], dtype)}
+def start():
+    return {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array([3.0, 1.0])}
 
 
-def suggest(loss=quadratic, params=None, batches=(0.0, 0.0), *, direction=optax.identity(), **options):
-    options = {"groups": ONE, "progress": False, "trials": False} | options
-    batches = [jnp.asarray(b) for b in batches]
-    return gn.suggest_learning_rates(
-        loss, start() if params is None else params, batches, direction=direction, **options
-    )
+def suggest(loss=quadratic, batches=(0.0, 0.0), **options):
+    options = {"groups": ONE, "direction": optax.identity(), "progress": False, "trials": False} | options
+    return gn.suggest_learning_rates(loss, start(), [jnp.asarray(b) for b in batches], **options)
 
 
 def expected(b_0, b_1, momentum=0.0, factor=1.8):
@@ -41,11 +38,15 @@ def expected(b_0, b_1, momentum=0.0, factor=1.8):
     return factor * (stretch * (theta - b_1)) @ u / (u @ (stretch * u))
 
 
-@pytest.mark.parametrize("batches", [(0.0, 0.0), (0.25, -0.5)], ids=["no noise", "the next batch's slope"])
-def test_two_batches_of_a_quadratic_give_its_edge(precision, batches):
-    found = suggest(batches=batches)
-    assert math.isclose(found.peak, expected(*batches), rel_tol=64 * precision)
-    assert found.peak == found.edge == found.rates[0] == found.peak_low == found.peak_high
+@pytest.mark.parametrize(("double", "batches"), [(True, (0.0, 0.0)), (False, (0.25, -0.5))])
+def test_two_batches_of_a_quadratic_give_its_edge(double, batches):
+    """With noise, the slope is that of the second batch. The peak falls with the cube root of the run's length."""
+    with jax.enable_x64(double):
+        found = suggest(batches=batches, steps=24_000)
+    assert math.isclose(found.edge, expected(*batches), rel_tol=1e-14 if double else 1e-5)
+    assert math.isclose(found.peak, found.edge / 2)
+    assert math.isclose(found.rates[0], found.peak, rel_tol=1e-6)
+    assert found.low == found.high
     assert (found.summaries, found.gradients, found.trials) == (1, 1, {})
 
 
@@ -53,13 +54,6 @@ def test_the_state_of_the_direction_is_where_it_goes_on(x64):
     state = optax.TraceState(jax.tree.map(jnp.ones_like, start()))
     found = suggest(direction=optax.trace(0.9), state=state, factor=1.0)
     assert math.isclose(found.peak, expected(0.0, 0.0, momentum=1.0, factor=1.0), rel_tol=1e-12)
-
-
-def test_the_peak_falls_with_the_cube_root_of_the_length():
-    short, long = suggest(steps=3000), suggest(steps=24_000)
-    assert math.isclose(short.peak, suggest().peak)
-    assert math.isclose(long.peak, short.peak / 2)
-    assert long.edge == short.edge
 
 
 def net(params, batch):
@@ -112,14 +106,14 @@ def test_the_peak_is_beside_the_best_trial(noisy):
 
 
 def test_rates_do_not_depend_on_the_units_of_loss_and_direction(noisy):
-    """Powers of two are exact: the same steps, whatever the direction is multiplied by."""
-    _, _, found, _ = noisy
-    plain = found(direction=optax.identity())
-    other = found(loss=lambda p, b: 4 * net(p, b), direction=optax.scale(0.5))
-    np.testing.assert_allclose(2 * other.rates, plain.rates, rtol=1e-4)
-    assert math.isclose(2 * other.peak, plain.peak, rel_tol=1e-4)
-    assert math.isclose(other.decrease[1], 4 * plain.decrease[1], rel_tol=1e-3)
-    assert math.isclose(other.slope_error, plain.slope_error, rel_tol=1e-3)
+    """Adam's direction has no unit, so that the loss's factor of 4 is only in the decrease."""
+    _, _, suggested, plain = noisy
+    halved = optax.chain(optax.scale_by_adam(0.9, 0.999), optax.scale(0.5))
+    other = suggested(loss=lambda p, b: 4 * net(p, b), direction=halved)
+    np.testing.assert_allclose(other.rates, 2 * plain.rates, rtol=1e-2)
+    assert math.isclose(other.peak, 2 * plain.peak, rel_tol=1e-2)
+    assert math.isclose(other.decrease[1], 4 * plain.decrease[1], rel_tol=1e-2)
+    assert math.isclose(other.slope_error, plain.slope_error, rel_tol=1e-2)
 
 
 def test_a_partition_of_the_readers_own_optimizer_trains(noisy):
@@ -173,7 +167,6 @@ def not_a_number(params, batch):
     ("options", "error", "message"),
     [
         ({"batches": [0.0]}, ValueError, "at least 2 batches, better 50 to 100, got 1"),
-        ({"batches": []}, ValueError, "got 0"),
         ({"direction": optax.sgd(0.1)}, ValueError, r"leads uphill.*not optax.adam\(1e-3\)"),
         ({"loss": not_a_number}, ValueError, "the loss of the params on the first batch is nan"),
         ({"loss": lambda p, b: (quadratic(p, b), 1)}, TypeError, r"loss_fn must return.*\[0\]"),
