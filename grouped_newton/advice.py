@@ -28,7 +28,7 @@ import optax
 
 from grouped_newton import groups as _groups
 from grouped_newton import trees
-from grouped_newton.derivatives.summary import Summary, one_number, summarize, summary_dtype, zeros
+from grouped_newton.derivatives.summary import Summary, one_number, summarize, summary_dtype, zero_summary
 from grouped_newton.direction import in_float32
 from grouped_newton.rates import edge_rates
 
@@ -294,7 +294,7 @@ def _measure(problem, state, batches, bar):
     read_at = {round(i) for i in np.linspace(half, len(pairs) - 1, _READINGS)} if S > 1 else ()
     number = jnp.zeros((), problem.dtype)
     begin = problem.direction.init(problem.theta) if state is None else state
-    walk = _Walk(problem.theta, begin, zeros(1, problem.dtype), number, number)
+    walk = _Walk(problem.theta, begin, zero_summary(1, problem.dtype), number, number)
     single, grouped = [], []
     for i, (batch, unseen) in enumerate(pairs):
         if i in read_at:
