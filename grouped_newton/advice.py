@@ -39,6 +39,7 @@ _SPACING = 3.0  # between the rates of trials
 _FARTHEST = 3  # from the edge, in spacings
 _WARMUP = 10  # steps of a trial
 _DRAWS = 200  # with replacement, of the batches behind a mean
+_LOW, _HIGH = 0.1, 0.9  # quantiles of the draws
 _OF_STEPS = 3000  # the length for which the best trial's rate is the best peak
 _POWER = 1 / 3  # of that length over the run's
 
@@ -51,15 +52,15 @@ class LearningRates:
 
     Attributes:
       names: of the groups, S of them.
-      rates: of each group, (S,); 0 where the loss doesn't fall along a group's direction.
-      low: 10 % quantiles of the rates over draws of the batches with replacement, (S,).
+      rates: of each group, (S,); the single rate where a group's own is lost in noise, its ``low`` being 0.
+      low: 10 % quantiles of the groups' own rates over draws of the batches with replacement, (S,).
       high: 90 % quantiles, (S,).
       peak: the best single rate.
       peak_low: its 10 % quantile over draws.
       peak_high: its 90 % quantile.
       edge: the single rate by the summaries alone, without trials and ``steps``.
-      decrease: the fall of the loss in one step at the edge that the model predicts, with the single rate and with one
-        a group.
+      decrease: the largest fall of the loss in one step that the quadratic model predicts, with one rate and with
+        a rate a group in the ratios suggested, in the loss's unit.
       slope_error: standard error of the slope along the direction over the slope. Above 1/2 little is known.
       trials: rate -> loss, of the short runs; empty without.
       steps: length of the run that the rates are for; None, as for 3,000.
@@ -113,12 +114,14 @@ class LearningRates:
             rows += zip(self.names, self.rates, self.low, self.high, strict=True)
         width = max(len("group"), *(len(row[0]) for row in rows))
         lines = [f"{'group':{width}}  {'rate':>8}  10 % to 90 % of draws"]
-        lines += [f"{name:{width}}  {rate:8.2g}  {low:.2g} to {high:.2g}" for name, rate, low, high in rows]
+        for name, rate, low, high in rows:
+            lost = "  (its own is lost in noise)" if low <= 0 and name in self.names else ""
+            lines.append(f"{name:{width}}  {rate:8.2g}  {low:.2g} to {high:.2g}{lost}")
         single, grouped = self.decrease
         both = f" with one rate, {grouped:.2g} with one a group" if len(self.names) > 1 else ""
         lines += [
             f"peaks of warm-up and cosine over {self.steps or _OF_STEPS} steps; by the summaries alone {self.edge:.2g}",
-            f"predicted decrease in a step at the edge: {single:.2g}{both}",
+            f"largest decrease in a step by the model: {single:.2g}{both}",
             f"standard error of the slope: {100 * self.slope_error:.0f} %",
         ]
         return "\n".join(lines)
@@ -146,7 +149,8 @@ def suggest_learning_rates(
 
       edge = factor * <grad L, u> / (u^T (hess L) u),  shortened by the third derivative
 
-    averaged over the second half of the walk; the ratios between groups are those of :func:`edge_rates`.
+    averaged over the second half of the walk; the ratios between groups are those of :func:`edge_rates`, and 1
+    for a group whose slope is lost in noise.
     *Trials* over the same batches, at rates a factor of 3 apart around the edge, then find which level
     trains best, and the rates of all groups are multiplied alike. For a run of ``steps``::
 
@@ -201,7 +205,7 @@ def suggest_learning_rates(
         measured = _measure(problem, state, batches, bar)
         tried, level = _try(problem, state, batches, measured.edge, bar) if trials else ({}, 1.0)
     scale = level * (1.0 if steps is None else (_OF_STEPS / steps) ** _POWER)
-    quantiles = lambda draws: scale * np.quantile(draws, (0.1, 0.9), axis=0)
+    quantiles = lambda draws: scale * np.quantile(draws, (_LOW, _HIGH), axis=0)
     (low, high), (peak_low, peak_high) = quantiles(measured.draws), quantiles(measured.edge_draws)
     return LearningRates(
         names=problem.names,
@@ -364,6 +368,7 @@ def _read(problem, single, grouped):
         )
     edge, edge_draws = _edge(problem.factor, single)
     rates, draws = (edge, edge_draws) if grouped is single else _edge(problem.factor, grouped)
+    rates = np.where(np.quantile(draws, _LOW, axis=0) > 0, rates, edge)  # a rate of 0 would freeze a group for noise
     if edge[0] == 0:
         slope, curvature = single.gbar.mean(), single.hbar.mean()
         raise ValueError(
@@ -372,7 +377,12 @@ def _read(problem, single, grouped):
         )
     unit = _unit(grouped)
     size, mean = float(np.exp(np.log(unit).mean())), _mean(_scaled(grouped, unit))
-    fall = lambda eta: size * float(mean.gbar @ eta - eta @ mean.hbar @ eta / 2)
+
+    def fall(eta):
+        """The most by which the quadratic model falls in a step with multiples of these rates."""
+        curvature = float(eta @ mean.hbar @ eta)
+        return size * float(mean.gbar @ eta) ** 2 / (2 * curvature) if curvature > 0 else math.inf
+
     slopes = _scaled(single, _unit(single)).gbar[:, 0]
     error = slopes.std(ddof=1) / math.sqrt(len(slopes)) / abs(slopes.mean()) if len(slopes) > 1 else math.inf
     return _Measured(
