@@ -28,6 +28,7 @@ import optax
 
 from grouped_newton import groups as _groups
 from grouped_newton import trees
+from grouped_newton.damping import model_error
 from grouped_newton.derivatives.summary import Summary, one_number, summarize, summary_dtype, zero_summary
 from grouped_newton.direction import in_float32
 from grouped_newton.rates import edge_rates
@@ -322,7 +323,12 @@ def _walk_on(problem, walk, batch, unseen):
     count = jnp.minimum(walk.count + 1, _MEMORY)
     mean = jax.tree.map(lambda mean, x: mean + (x / unit - mean) / count, walk.mean, summary)
     rate = _bounded_change(edge_rates(problem.factor)(mean, 1.0).eta[0], walk.rate)
-    return _Walk(_moved(walk.theta, rate, u), state, mean, count, rate), summary, (value, optax.tree.vdot(grads, u))
+    theta = _moved(walk.theta, rate, u)
+    # Not taken where the loss rises by more than the model's own terms, or a walk may never come back.
+    gross = model_error(summary, rate[None], problem.loss(theta, unseen)).gross
+    theta = jax.tree.map(lambda before, after: jnp.where(gross, before, after), walk.theta, theta)
+    rate = jnp.where(gross, rate / _CHANGE**2, rate)
+    return _Walk(theta, state, mean, count, rate), summary, (value, optax.tree.vdot(grads, u))
 
 
 def _by_group(problem, walk, batch, unseen):
