@@ -157,9 +157,10 @@ def suggest_learning_rates(
 
       peak = rate of the best trial * (3000 / steps)^(1/3)
 
-    Params and state are left as they are. With n batches it costs about n gradients and n summaries for
-    the walk, n gradients a trial, most often three to five of them, and 12 summaries by group: in all the time of
-    about 7 n steps of training.
+    A step of the walk that makes the loss rise by more than its model's own terms isn't taken, and the next
+    is shorter. Params and state are left as they are. With n batches it costs about n gradients, n summaries and
+    n losses for the walk, n gradients a trial, most often three to five of them, and 12 summaries by group: in
+    all the time of about 8 n steps of training.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, one real number; close over keys and drop auxiliary outputs.

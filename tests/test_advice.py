@@ -52,6 +52,14 @@ def test_two_batches_of_a_quadratic_give_its_edge(double, batches):
     assert (found.summaries, found.gradients, found.trials) == (1, 1, {})
 
 
+def test_a_step_off_a_cliff_is_not_taken():
+    """From 1 the edge of the parabola is at -0.8, behind the wall at -0.5: measured again from 1."""
+    cliff = lambda params, batch: jnp.sum(params["w"] ** 2 / 2 + 1e3 * jnp.maximum(-params["w"] - 0.5, 0) ** 2)
+    options = {"direction": optax.identity(), "trials": False, "progress": False}
+    found = gn.suggest_learning_rates(cliff, {"w": jnp.ones(1)}, [0.0, 0.0, 0.0], groups=ONE, **options)
+    assert math.isclose(found.edge, 1.8, rel_tol=1e-6)
+
+
 def test_a_group_whose_slope_is_lost_in_noise_has_the_single_rate():
     """On the second batch the loss rises along the direction of b; along that of a it is 1.8 over the curvature."""
     loss = lambda params, batch: quadratic({"a": params["a"]}, 0.0) + quadratic({"b": params["b"]}, batch)
