@@ -260,12 +260,12 @@ def _problem(loss_fn, params, groups, direction, factor):
     partition = _groups.resolve(groups, params)
     leaves, treedef = jax.tree.flatten(params)
     name_of = lambda g: _groups.FROZEN if g < 0 else partition.names[g]
-    labels = treedef.unflatten([name_of(g) for g in partition.index])
+    labels = jax.tree.unflatten(treedef, [name_of(g) for g in partition.index])
 
     def loss(theta, batch):
         moving = iter(jax.tree.leaves(theta))
         whole = [x if g < 0 else next(moving) for x, g in zip(leaves, partition.index, strict=True)]
-        value = loss_fn(treedef.unflatten(whole), batch)
+        value = loss_fn(jax.tree.unflatten(treedef, whole), batch)
         return one_number("loss_fn must return", value, "lambda params, batch: loss_fn(params, batch)[0]")
 
     moving = lambda tree: trees.without_frozen(partition, tree)
@@ -288,7 +288,7 @@ class _Walk(NamedTuple):
     theta: Any
     state: Any
     mean: Summary  # of s_i / c_i
-    count: jax.Array
+    steps: jax.Array
     rate: jax.Array
 
 
@@ -307,7 +307,7 @@ def _measure(problem, state, batches, bar):
             grouped.append(by_group(walk, batch, unseen))
         walk, summary, own = step(walk, batch, unseen)
         if i == 0:
-            _check_first(*map(float, own), fresh=state is None)
+            _check_first(float(own[0]), float(own[1]), fresh=state is None)
         single.append(summary)
         bar.update()
     single = _stacked(single[half:])
@@ -321,15 +321,15 @@ def _walk_on(problem, walk, batch, unseen):
     summary = summary._replace(third=jnp.abs(summary.third))
     unit = jnp.abs(summary.hbar[0, 0])
     unit = jnp.where(unit > 0, unit, 1)
-    count = jnp.minimum(walk.count + 1, _MEMORY)
-    mean = jax.tree.map(lambda mean, x: mean + (x / unit - mean) / count, walk.mean, summary)
+    steps = jnp.minimum(walk.steps + 1, _MEMORY)
+    mean = jax.tree.map(lambda mean, x: mean + (x / unit - mean) / steps, walk.mean, summary)
     rate = _bounded_change(edge_rates(problem.factor)(mean, 1.0).eta[0], walk.rate)
     theta = _moved(walk.theta, rate, u)
     # Not taken where the loss rises by more than the model's own terms, or a walk may never come back.
     gross = model_error(summary, rate[None], problem.loss(theta, unseen)).gross
     theta = jax.tree.map(lambda before, after: jnp.where(gross, before, after), walk.theta, theta)
     rate = jnp.where(gross, rate / _CHANGE**2, rate)
-    return _Walk(theta, state, mean, count, rate), summary, (value, optax.tree.vdot(grads, u))
+    return _Walk(theta, state, mean, steps, rate), summary, (value, optax.tree.vdot(grads, u))
 
 
 def _by_group(problem, walk, batch, unseen):
@@ -466,7 +466,7 @@ def _try(problem, state, batches, edge, bar):
     low, high = -1, 1
     while True:
         losses = {k: loss_at(k) for k in range(low, high + 1)}
-        best = min(losses, key=losses.get)
+        best = min(losses, key=lambda k: losses[k])
         if best == low > -_FARTHEST:
             low -= 1
         elif best == high < _FARTHEST:
