@@ -4,6 +4,7 @@ See ``grouped_newton`` for the optimizer and ``summarize`` for the derivatives.
 """
 
 from grouped_newton import groups
+from grouped_newton.advice import LearningRates, suggest_learning_rates
 from grouped_newton.averaging import AverageParamsState, average_params, eval_params
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
 from grouped_newton.damping import AdaptiveDamping, ModelError, adaptive_damping
@@ -23,6 +24,7 @@ __all__ = [
     "CubicSolution",
     "CubicStatus",
     "GroupedNewtonState",
+    "LearningRates",
     "ModelError",
     "Summary",
     "adaptive_damping",
@@ -39,5 +41,6 @@ __all__ = [
     "metrics",
     "scale_by_grouped_newton",
     "solve_cubic",
+    "suggest_learning_rates",
     "summarize",
 ]

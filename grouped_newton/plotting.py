@@ -2,6 +2,7 @@
 
   steps (T,)     rates (T, S)              as the state keeps them    names  S group names
   hbar (S, S)    curvatures between groups
+  rates, low, high (S,)                    one rate a group, and its range
 
 Needs matplotlib (``pip install "grouped_newton[plot]"``); ``grouped_newton``
 itself never imports this module.
@@ -140,6 +141,53 @@ def plot_curvature(ax: Axes, hbar: Any, names: Sequence[str]) -> AxesImage:
             if known[s, t]:
                 ax.text(t, s, _number(value), ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     return image
+
+
+def plot_learning_rates(ax: Axes, names: Sequence[str], rates: Any, low: Any, high: Any, peak: Any = None) -> Line2D:
+    """Draws one rate a group with its range, on a logarithmic axis, the first group on top.
+
+    Args:
+      ax: the matplotlib Axes to draw on.
+      names: the group names, of length S.
+      rates: shape (S,); a group whose rate is 0 has no point.
+      low: the lower ends of the ranges, shape (S,); 0 is drawn to the edge of the axes.
+      high: the upper ends, shape (S,).
+      peak: the single rate, a vertical line; none by default.
+
+    Returns:
+      The points.
+
+    Raises:
+      ValueError: if the shapes don't fit.
+      TypeError: if ``ax`` isn't one Axes.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots()
+      >>> points = plot_learning_rates(ax, ["hidden", "output"], [0.01, 0.1], [0.005, 0.05], [0.02, 0.3], peak=0.03)
+      >>> points.get_xdata().tolist(), ax.get_xscale()
+      ([0.01, 0.1], 'log')
+    """
+    _check_axes(ax)
+    rates, low, high = (np.asarray(x, dtype=float) for x in (rates, low, high))
+    if not rates.shape == low.shape == high.shape == (len(names),):
+        raise ValueError(
+            f"plot_learning_rates takes S names and rates, low and high (S,), got {len(names)} names and shapes"
+            f" {rates.shape}, {low.shape} and {high.shape}"
+        )
+    rows = np.arange(len(names))
+    ax.set(xscale="log", xlabel="learning rate", ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticks(rows, names, fontsize="medium" if len(names) <= _SMALL_TABLE else "x-small")
+    (points,) = ax.plot(np.where(rates > 0, rates, np.nan), rows, "o", color=_DISTINCT[0])
+    positive = np.concatenate([x[x > 0] for x in (rates, low, high)])
+    least = positive.min() if positive.size else 1.0
+    ax.hlines(rows, np.maximum(low, least / 10), np.maximum(high, least / 10), color=_DISTINCT[0], linewidth=1.6)
+    if positive.size and np.any(low <= 0):
+        ax.set_xlim(left=least / 2)
+    if peak is not None:
+        ax.axvline(float(peak), color=_DISTINCT[1], linestyle="--", label="one rate for all")
+        ax.legend(fontsize="small")
+    return points
 
 
 def _line_styles(number):
