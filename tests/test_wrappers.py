@@ -1,4 +1,8 @@
-"""Wrappers of optax around the optimizer, what comes before it, and what after."""
+"""Wrappers of optax around the optimizer, what comes before it, and what after.
+
+More are in test_delayed.py, by what is remembered of the steps that they leave out; clipping, decay and plateaus are in
+test_optimizer.py.
+"""
 
 import functools
 
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_equal, assert_finite, at
+from checks import assert_finite, at
 from jax import lax
 from models import START, valleys
 
@@ -41,11 +45,6 @@ def follow(tx, mixes, start=START, **extra):
 
 
 MIXES = jnp.array([0.9, 0.5, 0.7, 0.8, 0.6, 0.9, 0.4, 0.7])
-
-
-@functools.cache
-def quick_run():
-    return follow(quick(), MIXES)
 
 
 def counting_rates(calls):
@@ -83,18 +82,6 @@ def test_apply_if_finite_around_the_whole():
     without = follow(quick(), jnp.delete(MIXES, 3))
     close(at(wrapped[0], -1), at(without[0], -1))
     np.testing.assert_array_equal(wrapped[1].total_notfinite, [0, 0, 0, 1, 1, 1, 1, 1])
-
-
-@pytest.mark.parametrize("wrapper", [optax.conditionally_mask, optax.conditionally_transform])
-def test_conditional_wrappers(wrapper):
-    """Where the condition doesn't hold the state stays, and the updates are zero or the gradient."""
-    params, state, updates = follow(wrapper(quick(), lambda step: step != 2), MIXES)
-    expected = quick_run()
-    close(at(params, 1), at(expected[0], 1))
-    assert_equal(at(state.inner_state, 2), at(state.inner_state, 1))
-    zero = wrapper is optax.conditionally_mask
-    gradient = jax.grad(valleys)(at(params, 1), MIXES[2])
-    close(at(updates, 2), jax.tree.map(jnp.zeros_like, gradient) if zero else gradient)
 
 
 SEARCHES = {
@@ -137,14 +124,6 @@ def test_directions_before_ours_get_the_newton_rate_of_their_own(direction):
     updates, state = step(MATRIX)
     np.testing.assert_allclose(optax.tree.get(state, "eta"), [rate], rtol=1e3 * EPS)
     np.testing.assert_allclose(updates, rate * u, rtol=1e3 * EPS, atol=1e3 * EPS)
-
-
-def test_reduce_on_plateau_after_ours():
-    tx = optax.chain(quick(), optax.contrib.reduce_on_plateau(patience=1, factor=0.5, rtol=1.0))
-    _, state, updates = follow(tx, MIXES)
-    first, expected = at(updates, 0), at(quick_run()[2], 0)
-    close(first, jax.tree.map(lambda x: state[1].scale[0] * x, expected))
-    assert state[1].scale[-1] < state[1].scale[0]
 
 
 @pytest.mark.skipif(not hasattr(optax, "monitor"), reason="new in optax 0.2.7")
