@@ -356,13 +356,9 @@ DEPTHS = {
 }
 
 
-# Refused by older versions, with an error that names the function.
-OLD = pytest.mark.xfail(jax.__version_info__ < (0, 12), raises=TypeError, reason="custom_vjp in a scan in a branch")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=OLD) if n in ("cond of scan", "scan of remat") else n for n in DEPTHS]
-)
+@pytest.mark.parametrize("name", DEPTHS)
 def test_a_custom_vjp_is_found_at_any_depth(name):
     loss = lambda f: lambda p: jnp.sum(DEPTHS[name](f)(p["a"] * p["b"]) ** 2)
     assert_follows_the_gradient(loss(curved), plain=loss(curved_plain))

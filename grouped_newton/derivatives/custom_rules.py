@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from grouped_newton import sharding
@@ -38,6 +39,11 @@ from grouped_newton.derivatives.jaxprs import (
     read,
     replaced,
 )
+
+
+# Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in its
+# place, and lose the rule for the next derivative.
+_OPENS_SCANS = jax.__version_info__ < (0, 12)
 
 
 def by_rule(closed: Any) -> Any:
@@ -98,7 +104,11 @@ def _with_rule(fn, jvp, output_is_itself):
     ``jvp(f, xs, dxs)`` gives its outputs and tangents, for f of the operands that move to the outputs that can; here it
     is traced and rewritten, and its outputs replaced by those of the custom_jvp itself, if so desired.
     """
-    outer = jax.custom_jvp(fn)
+
+    def ruled(fn):
+        ruled_fn = jax.custom_jvp(fn)
+        ruled_fn.defjvp(rule, symbolic_zeros=True)
+        return ruled_fn
 
     def rule(primals, tangents):
         moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero) and is_float(jax.typeof(t))]
@@ -122,8 +132,13 @@ def _with_rule(fn, jvp, output_is_itself):
             outs[o], dz[o] = outs[o] if output_is_itself else z, dz_o
         return outs, dz
 
-    outer.defjvp(rule, symbolic_zeros=True)
+    outer = ruled(_never_opened(ruled(fn)) if _OPENS_SCANS else fn)
     return outer
+
+
+def _never_opened(fn):
+    """``fn`` as a branch whose index is not known before the operands are: partial evaluation leaves such as they are."""
+    return lambda *xs: lax.cond(lax.optimization_barrier((True, xs))[0], fn, fn, *xs)
 
 
 def _opened(closed, deep=False):
