@@ -40,7 +40,6 @@ from grouped_newton.derivatives.jaxprs import (
     replaced,
 )
 
-
 # Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in its
 # place, and lose the rule for the next derivative.
 _OPENS_SCANS = jax.__version_info__ < (0, 12)
