@@ -356,8 +356,6 @@ DEPTHS = {
 }
 
 
-
-
 @pytest.mark.parametrize("name", DEPTHS)
 def test_a_custom_vjp_is_found_at_any_depth(name):
     loss = lambda f: lambda p: jnp.sum(DEPTHS[name](f)(p["a"] * p["b"]) ** 2)
