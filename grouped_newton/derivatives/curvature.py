@@ -83,7 +83,7 @@ def gauss_newton_summary(
     model = lambda values: model_fn(jax.tree.unflatten(treedef, replaced(theta, moving, values)))
     with jax.numpy_dtype_promotion("standard"), naming_rules(lambda: jax.make_jaxpr(model)(at)):
         structure = jax.tree.structure(jax.eval_shape(model, at))
-        smooth = in_forward_mode(model, at) or (lambda values: jax.tree.leaves(model(values)))
+        smooth = in_forward_mode(model, at, alone=True) or (lambda values: jax.tree.leaves(model(values)))
         z, tangents = smooth(at), []
         for s in range(partition.num_groups):
             own = [k for k, i in enumerate(moving) if partition.index[i] == s]

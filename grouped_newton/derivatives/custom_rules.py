@@ -9,11 +9,14 @@ and higher derivatives are those of dz, in dx and through r in x. Where the rule
 reads f(x) and not what fwd computed: so z has derivatives by the rule there too, even if fwd found it by rounding, or
 by a solver behind ``stop_gradient``. A custom_vjp becomes a custom_jvp with that jvp, which is traced when it is asked
 for, as fwd may call f. JAX's own forward mode refuses a custom_vjp.
+
+A bwd that loops over the cotangent until something has happened has no transpose. Then the custom_vjp is *kept*: in
+reverse mode it is its rule, in forward mode alone f, and who uses both has to compare them.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -40,36 +43,81 @@ from grouped_newton.derivatives.jaxprs import (
     replaced,
 )
 
+<<<<<<< HEAD
 # Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in its
 # place, and lose the rule for the next derivative.
+=======
+# Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in
+# its place, and lose the rule for the next derivative.
+>>>>>>> 0175984e2989d9e8adeb831eecd817e86c5123a1
 _OPENS_SCANS = jax.__version_info__ < (0, 12)
 
 
+class _How(NamedTuple):
+    """How to rewrite a function; the custom_vjps in the rules of its custom_jvps are followed too if it is ``deep``.
+
+    ``program.py`` looks for those where it needs to. The ``kept`` are left as they are. Where ``failed`` is given, a
+    custom_vjp whose bwd has no transpose has the jvp of its function. Both are ids of equations.
+    """
+
+    deep: bool = False
+    kept: Container[int] = ()
+    failed: set[int] | None = None
+
+
 def by_rule(closed: Any) -> Any:
-    """The function of a closed jaxpr with a custom_jvp for every custom_vjp that forward mode would meet."""
+    """The function of a closed jaxpr; a custom_jvp for every custom_vjp that forward mode would meet, unless kept."""
     if not holds(closed, CUSTOM_VJP):
         return closed
-    return _opened(closed)
+    trial = _How(failed=set())
+    run = jex.jaxpr_as_fun(_opened(closed, trial))
+    jax.make_jaxpr(lambda *xs: jax.jvp(run, xs, xs))(*closed.in_avals)
+    return _opened(closed, _How(kept=trial.failed))
 
 
-def in_forward_mode(fn: Callable[[list], Any], args: list) -> Callable[[list], list] | None:
+def keeps(eqns: Sequence) -> bool:
+    """Whether forward mode would meet a custom_vjp in these equations, where all that can be are by their rules."""
+    met = (e for e in eqns if kind(e) not in CUSTOM_JVP)
+    return any(kind(e) in CUSTOM_VJP or any(keeps(b.eqns) for b in bodies(e)) for e in met)
+
+
+def forward_only(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` of arrays for forward mode alone, where no custom_vjp is kept."""
+
+    def forward(*args):
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        outs = _run(closed.jaxpr, closed.consts, jax.tree.leaves(args), _How(failed=set()))
+        return jax.tree.unflatten(jax.tree.structure(shape), outs)
+
+    return forward
+
+
+def in_forward_mode(fn: Callable[[list], Any], args: list, alone: bool = False) -> Callable[[list], list] | None:
     """``fn`` of a list of arrays by the rules of its custom_vjps, so that jvps can be nested; None if it has none.
 
-    It returns a list of the leaves of what ``fn`` does.
+    It returns a list of the leaves of what ``fn`` does. Where it keeps a custom_vjp, its gradient is right, and so is
+    ``forward_only`` of that; ``alone``, it keeps none.
     """
     closed = jax.make_jaxpr(fn)(args)
-    run = jex.jaxpr_as_fun(by_rule(closed))
-    jvp = jax.make_jaxpr(lambda xs: jax.jvp(run, xs, xs))(args)
-    if holds(jvp, CUSTOM_VJP):  # in the rules of its custom_jvps
+    rewritten = by_rule(closed)
+    run = jex.jaxpr_as_fun(rewritten)
+    if keeps(rewritten.jaxpr.eqns):
+        run = forward_only(run) if alone else run
+    elif keeps(jax.make_jaxpr(lambda xs: jax.jvp(run, xs, xs))(args).eqns):  # in the rules of its custom_jvps
         run = followed(run)
     elif not holds(closed, CUSTOM_VJP):
         return None
     return lambda args: run(*args)
 
 
+def same_slopes(forward: jax.Array, reverse: jax.Array, size: jax.Array, eps: float) -> jax.Array:
+    """Whether slopes by both modes are the same but for the rounding of long loops; ``size`` is that of their terms."""
+    return jnp.abs(forward - reverse) <= eps**0.4 * size
+
+
 def followed(fn: Callable[..., Sequence]) -> Callable[..., Sequence]:
     """``fn`` as a custom_jvp whose rule is its own jvp, without the custom_vjps that this holds."""
-    return _with_rule(fn, jax.jvp, output_is_itself=False)
+    return _with_rule(fn, lambda restricted, *at_and_along: jax.jvp(restricted(fn), *at_and_along), _How())
 
 
 @contextlib.contextmanager
@@ -97,11 +145,12 @@ def _transposed(f, at, along):
     return z, jax.vjp(pull, small)[1](along)[0]
 
 
-def _with_rule(fn, jvp, output_is_itself):
+def _with_rule(fn, jvp, how, output_is_itself=False):
     """``fn``, from arrays to a list of arrays, as a custom_jvp.
 
-    ``jvp(f, xs, dxs)`` gives its outputs and tangents, for f of the operands that move to the outputs that can; here it
-    is traced and rewritten, and its outputs replaced by those of the custom_jvp itself, if so desired.
+    ``jvp(restricted, xs, dxs)`` gives its outputs and tangents, ``restricted(fn)`` being a function of the operands
+    that move to the outputs that can; here it is traced and rewritten, and its outputs replaced by those of the
+    custom_jvp itself, if so desired.
     """
 
     def ruled(fn):
@@ -113,19 +162,19 @@ def _with_rule(fn, jvp, output_is_itself):
         moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero) and is_float(jax.typeof(t))]
 
         def outputs_and_tangents(primals, along):
-            def f(*xs):
-                return [z for z in fn(*replaced(primals, moved, xs)) if is_float(jax.typeof(z))]
+            def restricted(fn):
+                return lambda *xs: [z for z in fn(*replaced(primals, moved, xs)) if is_float(jax.typeof(z))]
 
-            return jvp(f, tuple(primals[i] for i in moved), along)
+            return jvp(restricted, tuple(primals[i] for i in moved), along)
 
         along = tuple(tangents[i] for i in moved)
-        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along), deep=True)
+        closed = _opened(jax.make_jaxpr(outputs_and_tangents)(primals, along), how._replace(deep=True))
         outs = list(outer(*primals))
         real = [o for o, z in enumerate(outs) if is_float(jax.typeof(z))]
         makes = {v for eqn in closed.jaxpr.eqns for v in eqn.outvars}
         names = zip(closed.jaxpr.outvars, (outs[o] for o in real), strict=False)
         known = {v: z for v, z in names if not isinstance(v, jex.Literal) and v in makes} if output_is_itself else {}
-        found = _run(closed.jaxpr, closed.consts, [*primals, *along], known)
+        found = _run(closed.jaxpr, closed.consts, [*primals, *along], _How(), known)
         dz = [zero_from_primal(z) for z in outs]
         for o, z, dz_o in zip(real, found[: len(real)], found[len(real) :], strict=True):
             outs[o], dz[o] = outs[o] if output_is_itself else z, dz_o
@@ -136,37 +185,46 @@ def _with_rule(fn, jvp, output_is_itself):
 
 
 def _never_opened(fn):
-    """``fn`` as a branch whose index is not known before the operands are: partial evaluation leaves such as they are."""
+    """``fn`` as a branch whose index is not known before the operands: partial evaluation leaves those alone."""
     return lambda *xs: lax.cond(lax.optimization_barrier((True, xs))[0], fn, fn, *xs)
 
 
-def _opened(closed, deep=False):
-    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args, (), deep))(*closed.in_avals)
+def _opened(closed, how):
+    return jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args, how))(*closed.in_avals)
 
 
-def _run(jaxpr, consts, args, known=(), deep=False):
-    """The outputs, given the values of some variables; calls are opened, but for remat.
-
-    ``deep`` also follows the custom_vjps in the rules of custom_jvps; ``program.py`` looks for them where it needs to.
-    """
+def _run(jaxpr, consts, args, how, known=()):
+    """The outputs, given the values of some variables; calls are opened, but for remat."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)) | dict(known)
     for eqn in live_equations(jaxpr, known):
-        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars], deep)
+        outs = _evaluated(eqn, jaxpr, [read(env, v) for v in eqn.invars], how)
         env.update((v, z) for v, z in zip(eqn.outvars, outs, strict=True) if v not in known)
     return [read(env, v) for v in jaxpr.outvars]
 
 
-def _evaluated(eqn, jaxpr, values, deep):
+def _evaluated(eqn, jaxpr, values, how):
     name, inner = kind(eqn), body(eqn)
     itself = lambda *xs: evaluate(eqn, jaxpr, xs)
-    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs, (), deep)
+    inside = lambda *xs: _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), xs, how)
     if name in CUSTOM_VJP:
-        return _with_rule(itself, _transposed, output_is_itself=True)(*values)
+        if id(eqn) in how.kept:
+            return itself(*values)
+
+        def jvp(restricted, *at_and_along):
+            try:
+                return _transposed(restricted(itself), *at_and_along)
+            except Exception:
+                if how.failed is None:
+                    raise
+                how.failed.add(id(eqn))
+                return jax.jvp(restricted(inside), *at_and_along)
+
+        return _with_rule(itself, jvp, how, output_is_itself=True)(*values)
     if name in CUSTOM_JVP:  # whose function is not differentiated
-        return (followed(itself) if deep else itself)(*values)
+        return (followed(itself) if how.deep else itself)(*values)
     if name in CALLS - REMAT and inner is not None:
         return inside(*values)
-    if not any(holds(b, CUSTOM_VJP | CUSTOM_JVP if deep else CUSTOM_VJP) for b in bodies(eqn)):
+    if not any(holds(b, CUSTOM_VJP | CUSTOM_JVP if how.deep else CUSTOM_VJP) for b in bodies(eqn)):
         return itself(*values)
     if name in REMAT:
         params = getattr(eqn.params.get("_prim"), "params", eqn.params)
@@ -178,5 +236,5 @@ def _evaluated(eqn, jaxpr, values, deep):
         specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
         return jax.shard_map(inside, **specs, axis_names=p["newly_manual_axes"], check_vma=p["check_vma"])(*values)
     held = {k: p for k, p in eqn.params.items() if any(map(is_jaxpr, jax.tree.leaves(p, is_leaf=is_jaxpr)))}
-    rewritten = jax.tree.map(lambda x: _opened(x, deep) if is_jaxpr(x) else x, held, is_leaf=is_jaxpr)
+    rewritten = jax.tree.map(lambda x: _opened(x, how) if is_jaxpr(x) else x, held, is_leaf=is_jaxpr)
     return evaluate(eqn.replace(params=eqn.params | rewritten), jaxpr, values)

@@ -21,7 +21,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from grouped_newton.derivatives.custom_rules import followed
+from grouped_newton.derivatives.custom_rules import followed, forward_only, keeps
 from grouped_newton.derivatives.jaxprs import (
     CALLS,
     CUSTOM_JVP,
@@ -63,6 +63,7 @@ class Node(NamedTuple):
     joint: bool = False  # its operands are to be perturbed together
     repeats: bool = False  # ``fn`` is that of all nodes which are the same function
     forgiving: bool = False  # see ``rules.py``
+    forward: Callable | None = None  # ``fn`` for forward mode alone, where that is another: a custom_vjp that is kept
 
 
 class Program(NamedTuple):
@@ -224,33 +225,40 @@ def _node(jaxpr, eqns, active, outs, cache, elementwise=False):
     if key not in cache:
         with named_in_errors(eqns):
             cache[key] = _sorted(jaxpr, eqns, active, inactive, outs, elementwise)
-    how, fn, kept, joint = cache[key]
+    how, fn, kept, joint, forward = cache[key]
     if not kept:
         return None
     outs = tuple(outs[o] for o in kept)
-    return Node(how, fn, tuple(active), tuple(inactive), outs, tuple(eqns), joint=joint, repeats=alike is not None)
+    repeats = alike is not None
+    return Node(how, fn, tuple(active), tuple(inactive), outs, tuple(eqns), None, joint, repeats, forward=forward)
 
 
 def _sorted(jaxpr, eqns, active, inactive, outs, elementwise):
-    """Kind and function of a node, the numbers of its outputs that move, and whether its operands do so together."""
+    """Kind and function of a node, which outputs move, whether operands do so together, and its function forwards."""
     evaluate = function_of(jaxpr, eqns, [*active, *inactive], outs)
     if eqns[0].primitive.name == "reduce_window_max":
         evaluate = max_over_windows(**eqns[0].params) or evaluate
     n = len(active)
     joint = n > 1 and any(map(_may_look, eqns))
     together = joint or n > 2  # one by one, n operands would be n functions of n operands
-    traced = _traced_tangents(evaluate, active, inactive, together)
-    if any(holds(jaxpr, CUSTOM_VJP) for jaxpr in traced):  # in the rule of a custom_jvp
-        evaluate = followed(evaluate)
+    forwards = forward_only(evaluate) if keeps(eqns) else evaluate
+    traced = _traced_tangents(forwards, active, inactive, together)
+    if any(keeps(jaxpr.eqns) for jaxpr in traced):  # in the rule of a custom_jvp
+        evaluate = forwards = followed(evaluate)
         traced = _traced_tangents(evaluate, active, inactive, together)
     reach = [_dependence(traced[0], n, i, n) if together else _dependence(traced[i], n, 0, 1) for i in range(n)]
     kept = [o for o in range(len(outs)) if any(reach[i][o][0] for i in range(n))]
     curved = {(i, j) for i in range(n) for o in kept for j in reach[i][o][1]}
 
-    def fn(active_values, inactive_values):
-        values = evaluate(*active_values, *inactive_values)
-        return [values[o] for o in kept]
+    def of_active(evaluate):
+        def fn(active_values, inactive_values):
+            values = evaluate(*active_values, *inactive_values)
+            return [values[o] for o in kept]
 
+        return fn
+
+    if forwards is not evaluate:
+        return "general", of_active(evaluate), kept, joint, of_active(forwards)
     if not curved:
         how = "linear"
     elif elementwise:
@@ -259,7 +267,7 @@ def _sorted(jaxpr, eqns, active, inactive, outs, elementwise):
         how = "bilinear"
     else:
         how = "general"
-    return how, fn, kept, joint
+    return how, of_active(evaluate), kept, joint, None
 
 
 def _may_look(eqn):
@@ -272,7 +280,7 @@ def _may_look(eqn):
         return False
     name, inner = kind(eqn), bodies(eqn)
     own = name in ELEMENTWISE or any(getattr(m, f"{name}_p", None) is eqn.primitive for m in (lax, lax.linalg))
-    if name in CUSTOM_JVP or name == "custom_linear_solve" or not (own or inner):
+    if name in CUSTOM_JVP | CUSTOM_VJP or name == "custom_linear_solve" or not (own or inner):
         return eqn.params.get("symbolic_zeros", True)
     return any(_may_look(e) for b in inner for e in b.eqns)
 

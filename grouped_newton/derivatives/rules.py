@@ -3,7 +3,8 @@
   linear     z1 = f'[x1],  z2 = f'[x2]
   unary      f', f'', f''' are arrays, computed once
   bilinear   f(x1, y), f(x, y1) and their like
-  general    jax.jvp and jax.vjp of the node itself
+  general    jax.jvp and jax.vjp of the node itself; with a custom_vjp that is kept these are of two functions, and
+             where <ct, z1_s> isn't <vjp of ct, x1_s> hbar_ss and third_s are NaN
 
 Every rule adds the local terms of hbar and third to ``sums``; ct is the cotangent of the node's output.
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from grouped_newton import sharding
+from grouped_newton.derivatives.custom_rules import forward_only, same_slopes
 from grouped_newton.derivatives.jaxprs import replaced
 from grouped_newton.derivatives.stacks import Stack, add, gram, inner, map_rows, select, spread_or_zero
 
@@ -123,18 +125,15 @@ def general(node, env, ct, x1, x2, sums, order):
     # hbar_st += <x1_s, d/dt of the node's vjp at ct>; z1, z2 and third by nested jvps of the node itself.
     slots = tuple(sorted({s for x in x1 if x is not None for s in x.slots}))
     at = tuple(env[v] for v in node.active)
-    fn = restricted(node, env, range(len(at)))
+    fn, forward = (restricted(node, env, range(len(at)), of) for of in (node.fn, node.forward or node.fn))
     cotangents = [ct[v].astype(v.aval.dtype) for v in node.outs]
     X1 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x1, node.active, strict=True))
     gradient = lambda *xs: jax.vjp(lambda *xs: fn(xs), *xs)[1](cotangents)
-    turned = map_rows(lambda *dx: jax.jvp(gradient, at, dx)[1], *X1)
+    if node.forward is not None:
+        gradient = forward_only(gradient)
+    pulled, turned = map_rows(lambda *dx: jax.jvp(gradient, at, dx), *X1)
     block = sum(gram(p, q) for p, q in zip(X1, turned, strict=True))
-    sums.add_hbar(slots, slots, _unless_nan(block) if node.forgiving else block)
-    d1 = lambda x, dx: jax.jvp(lambda *xs: fn(xs), x, dx)[1]
-    if order == 2:
-        z1 = map_rows(lambda *dx: d1(at, dx), *X1)
-        return [Stack(slots, _unless_nan(z) if node.forgiving else z) for z in z1], [None] * len(node.outs)
-    X2 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x2, node.active, strict=True))
+    d1 = lambda x, dx: jax.jvp(lambda *xs: forward(xs), x, dx)[1]
     d2 = lambda x, dx, ddx: jax.jvp(d1, (x, dx), (dx, ddx))
     zero = tuple(sharding.zeros_of(v.aval) for v in node.active)
 
@@ -142,11 +141,32 @@ def general(node, env, ct, x1, x2, sums, order):
         (z1, z2), (_, z3) = jax.jvp(d2, (at, dx, ddx), (dx, ddx, zero))
         return z1, z2, sum(inner(c[None], z[None])[0] for c, z in zip(cotangents, z3, strict=True))
 
-    z1, z2, third = map_rows(derivatives, X1, X2)
+    if order == 2:
+        z1, third = map_rows(lambda *dx: d1(at, dx), *X1), jnp.zeros(len(slots), block.dtype)
+        Z2 = [None] * len(node.outs)
+    else:
+        X2 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x2, node.active, strict=True))
+        z1, z2, third = map_rows(derivatives, X1, X2)
+        Z2 = [Stack(slots, z) for z in z2]
+    if node.forward is not None:
+        unknown = jnp.where(_agree(X1, pulled, z1, cotangents), 0, jnp.nan).astype(block.dtype)
     if node.forgiving:
-        third, z1 = third + 0 * jnp.diagonal(block), [_unless_nan(z) for z in z1]
-    sums.add_third(slots, third)
-    return [Stack(slots, z) for z in z1], [Stack(slots, z) for z in z2]
+        third, block, z1 = third + 0 * jnp.diagonal(block), _unless_nan(block), [_unless_nan(z) for z in z1]
+    if node.forward is not None:
+        third, block = third + unknown, block + jnp.diag(unknown)
+    sums.add_hbar(slots, slots, block)
+    if order > 2:
+        sums.add_third(slots, third)
+    return [Stack(slots, z) for z in z1], Z2
+
+
+def _agree(x1, pulled, z1, ct):
+    """Whether <ct, z1_s> = <vjp of ct, x1_s>, for all s."""
+    sides = list(zip(x1, pulled, strict=True)), [(z, c[None]) for z, c in zip(z1, ct, strict=True)]
+    forward, reverse = (sum(inner(a, b) for a, b in side) for side in reversed(sides))
+    size = sum(inner(jnp.abs(a), jnp.abs(b)) for side in sides for a, b in side)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in (*x1, *z1))
+    return same_slopes(forward, reverse, size, eps)
 
 
 def _forgiving_times(x, w):
@@ -167,12 +187,13 @@ def finite(x):
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def restricted(node, env, targets):
-    """The node as a function of the operands numbered ``targets`` alone."""
+def restricted(node, env, targets, fn=None):
+    """The node, or its ``fn`` for another mode, as a function of the operands numbered ``targets`` alone."""
+    fn = node.fn if fn is None else fn
     at = [env[v] for v in node.active]
     inactive = [env[v] for v in node.inactive]
 
-    return lambda values: node.fn(replaced(at, targets, values), inactive)
+    return lambda values: fn(replaced(at, targets, values), inactive)
 
 
 def named_values(node, values):

@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from grouped_newton import sharding
-from grouped_newton.derivatives.custom_rules import by_rule
+from grouped_newton.derivatives.custom_rules import by_rule, keeps
 from grouped_newton.derivatives.jaxprs import is_half, read
 from grouped_newton.derivatives.layered import sums_of_layers
 from grouped_newton.derivatives.passes import adjoint, primal, tangent
@@ -73,6 +73,9 @@ def sweep(
         for own, axis, dx, x in zip(groups, layer_axes, gradient, u, strict=True):
             sums.add_gbar(_slopes(finite(dx) if forgiving else dx, _along(x, own, axis)))
         gbar, _, _ = sums.totals()
+    if keeps(followed.jaxpr.eqns):  # what else of a group whose forward and reverse mode differ is of neither
+        unknown = jnp.isnan(jnp.diagonal(hbar))
+        hbar = jnp.where(unknown[:, None] | unknown, jnp.nan, hbar)
     return value, gbar, hbar, third
 
 
