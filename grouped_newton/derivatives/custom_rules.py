@@ -43,13 +43,8 @@ from grouped_newton.derivatives.jaxprs import (
     replaced,
 )
 
-<<<<<<< HEAD
-# Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in its
-# place, and lose the rule for the next derivative.
-=======
 # Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in
 # its place, and lose the rule for the next derivative.
->>>>>>> 0175984e2989d9e8adeb831eecd817e86c5123a1
 _OPENS_SCANS = jax.__version_info__ < (0, 12)
 
 
