@@ -51,15 +51,14 @@ def mlp(activation):
     return loss, params
 
 
-def transformer(scanned):
-    block = lambda seed: {
-        "qkv": normal(3, 4, 4, seed=seed) / 2,
-        "gain": 1 + normal(4, seed=seed) / 5,
-        "shift": normal(4, seed=seed + 9) / 5,
-        "w": normal(4, 4, seed=seed),
+def transformer():
+    params = {
+        "embed": normal(5, 4),
+        "qkv": normal(3, 4, 4) / 2,
+        "gain": 1 + normal(4) / 5,
+        "shift": normal(4, seed=9) / 5,
+        "w": normal(4, 4),
     }
-    blocks = [block(0), block(1)]
-    params = {"embed": normal(5, 4), "blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks) if scanned else blocks}
     tokens = jnp.array([0, 3, 1, 1, 4, 2])
 
     def apply(p, h):
@@ -70,12 +69,7 @@ def transformer(scanned):
         return h + jax.nn.gelu(h @ p["w"])
 
     def loss(p):
-        h = p["embed"][tokens]
-        if scanned:
-            h, _ = lax.scan(lambda h, b: (jax.checkpoint(apply)(b, h), None), h, p["blocks"])
-        else:
-            for b in p["blocks"]:
-                h = apply(b, h)
+        h = apply(p, p["embed"][tokens])
         logits = h @ p["embed"].T  # tied
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], 1))
 
@@ -166,9 +160,8 @@ def smooth_norm(p):
 
 
 ZOO = {
-    **{f"mlp {f.__name__}": mlp(f) for f in (jnp.tanh, jax.nn.relu, jax.nn.gelu, jax.nn.elu)},
-    "transformer, tied embedding, gather": transformer(False),
-    "transformer, scanned with remat": transformer(True),
+    **{f"mlp {f.__name__}": mlp(f) for f in (jnp.tanh, jax.nn.relu, jax.nn.gelu)},
+    "transformer, tied embedding, gather": transformer(),
     "convolutions, batch norm, max-pool": conv_net(),
     "overlapping max-pool with padding": overlapping_pool(),
     "scan": rnn(False),
@@ -242,16 +235,17 @@ ZOO = {
 }
 
 
-# These are compared with the definition in single precision below.
+# These are compared with the definition in single precision. In double precision scanned transformers and networks with
+# convolutions are in tests/benchmarks/test_models.py.
 SINGLE = ("mlp tanh", "convolutions, batch norm, max-pool", "scan", "where with safe branches")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("transformer", "conv", "mlp")) else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("transformer", "mlp")) else [])
         for name in ZOO
-        if name not in ("mlp tanh", "scan")
+        if name not in SINGLE[:3]
     ],
 )
 def test_equals_the_definition_in_double_precision(x64, name):
@@ -296,7 +290,6 @@ def test_compiled_or_not_it_is_the_same():
     ("name", "dtype"),
     [
         ("mlp tanh", jnp.bfloat16),
-        ("mlp gelu", jnp.float16),
         ("convolutions, batch norm, max-pool", jnp.bfloat16),
     ],
 )
@@ -374,25 +367,6 @@ def test_mixed_dtypes_give_the_widest(x64):
 # Transformations
 
 
-def test_vmap_over_batches_and_keys_is_a_loop(x64):
-    params = cast(mlp(jnp.tanh)[1], jnp.float64)
-    x, keys = jax.random.normal(jax.random.key(1), (4, 6, 5)), jax.random.split(jax.random.key(2), 4)
-
-    def one(x, key):
-        def loss(p):
-            h = jnp.tanh(x @ p[0] + p[1][None])
-            h = jnp.where(jax.random.bernoulli(key, 0.6, h.shape), h / 0.6, 0)
-            return jnp.mean(jax.nn.logsumexp(jnp.tanh(h @ p[2] + p[3][None]) @ p[4] + p[5][None], axis=1))
-
-        return gn.summarize(loss, params, params)
-
-    alone = jax.jit(one)
-    looped = jax.tree.map(lambda *xs: jnp.stack(xs), *(alone(*batch) for batch in zip(x, keys, strict=True)))
-    # Third derivatives are sums of terms of both signs, ten times larger, added up in another order.
-    assert_same_summary(jax.jit(jax.vmap(one))(x, keys), looped, 512 * EPS64)
-    assert len(np.unique(looped.loss)) == 4
-
-
 def test_the_mean_over_micro_batches_is_the_summary_of_the_whole(x64):
     params = cast(mlp(jnp.tanh)[1][:4], jnp.float64)
     x, y = jax.random.normal(jax.random.key(3), (10, 5)), jax.random.normal(jax.random.key(4), (10, 4))
@@ -448,7 +422,7 @@ def test_what_has_no_derivative_raises_as_the_gradient_does(name):
 
 def test_a_third_derivative_that_does_not_exist_raises_as_the_definition_does():
     loss = lambda p: jnp.sum(jax.scipy.special.gammainc(1 + p["a"] ** 2, p["b"]))
-    assert jax.grad(loss)(vectors())["a"].shape == (4,)
+    assert jax.eval_shape(jax.grad(loss), vectors())["a"].shape == (4,)
     for method in ("sweep", "nested"):
         with pytest.raises(NotImplementedError, match="igamma_grad_a"):
             gn.summarize(loss, vectors(), vectors(), method=method)
@@ -529,20 +503,11 @@ def test_leaves_that_are_frozen_may_be_of_any_kind():
     assert_same_summary(got, expected, 64 * EPS32)
 
 
-def test_one_parameter_of_double_precision_widens_the_summary(x64):
-    loss, params = mlp(jnp.tanh)
-    params = cast(params, jnp.float32)
-    params[2] = params[2].astype(jnp.float64)
-    got, expected = both(loss, params)
-    assert got.hbar.dtype == jnp.float64
-    assert_same_summary(got, expected, 64 * EPS32)
-
-
 # Options
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp gelu", "transformer, scanned with remat", "linear solve"])
+@pytest.mark.parametrize("name", ["mlp gelu", "scan in scan, remat, integer carry", "linear solve"])
 def test_order_two_leaves_only_the_third_derivatives_out(x64, name):
     loss, params = ZOO[name]
     params = cast(params, jnp.float64)
@@ -561,7 +526,7 @@ def test_order_two_leaves_only_the_third_derivatives_out(x64, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("mlp tanh", (2, 5)), ("scan", (2,)), ("group with tensors at different depths", (2,))],
+    [("mlp tanh", (3,)), ("scan", (2,)), ("group with tensors at different depths", (2,))],
 )
 def test_max_stack_changes_nothing_but_the_stack(x64, name, sizes):
     loss, params, *groups = ZOO[name]
