@@ -4,6 +4,7 @@ See ``grouped_newton`` for the optimizer and ``summarize`` for the derivatives.
 """
 
 from grouped_newton import groups
+from grouped_newton.along import losses_along
 from grouped_newton.averaging import AverageParamsState, average_params, eval_params
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
 from grouped_newton.damping import AdaptiveDamping, ModelError, adaptive_damping
@@ -30,6 +31,7 @@ __all__ = [
     "grouped_newton",
     "groups",
     "growing_period",
+    "losses_along",
     "scale_by_grouped_newton",
     "solve_cubic",
     "summarize",
