@@ -5,6 +5,7 @@ See ``grouped_newton`` for the optimizer and ``summarize`` for the derivatives.
 
 from grouped_newton import groups
 from grouped_newton.advice import LearningRates, suggest_learning_rates
+from grouped_newton.along import losses_along
 from grouped_newton.averaging import AverageParamsState, average_params, eval_params
 from grouped_newton.cubic import CubicSolution, CubicStatus, solve_cubic
 from grouped_newton.damping import AdaptiveDamping, ModelError, adaptive_damping
@@ -38,6 +39,7 @@ __all__ = [
     "grouped_newton",
     "groups",
     "growing_period",
+    "losses_along",
     "metrics",
     "scale_by_grouped_newton",
     "solve_cubic",

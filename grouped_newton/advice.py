@@ -106,7 +106,10 @@ class LearningRates:
 
             height = 1.2 + 0.25 * len(self.names)
             ax = plt.subplots(figsize=(6, height), layout="constrained")[1]
-        plotting.plot_learning_rates(ax, self.names, self.rates, self.low, self.high, self.peak)
+        plotting.plot_by_group(ax, self.rates, self.names, spread=[self.low, self.high])
+        ax.axvline(float(self.peak), color="0.35", linestyle="--", linewidth=1, zorder=0, label="one rate for all")
+        ax.set_xlabel("learning rate")
+        ax.legend(fontsize="small")
         return ax
 
     def __str__(self) -> str:

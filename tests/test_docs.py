@@ -11,6 +11,7 @@ import sys
 import types
 
 import jax
+import matplotlib.figure
 import nbclient
 import nbformat
 import pytest
@@ -79,6 +80,15 @@ def trace_one_update(tx, params, loss_of, batch, **_):
 @pytest.mark.parametrize("path", [path for path in PAGES if "```python" in read(path)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(path):
     run_page(path)
+
+
+@pytest.mark.slow
+def test_the_gallery_keeps_a_small_picture_of_each_of_its_figures():
+    page, folder = DOCS / "guides" / "pictures.md", DOCS / "pictures"
+    drawn = {name for name, value in run_page(page).items() if isinstance(value, matplotlib.figure.Figure)}
+    shown = re.findall(r"\.\./pictures/(\w+)\.png", read(page))
+    assert sorted(shown) == sorted(drawn) == sorted(path.stem for path in folder.iterdir())
+    assert max(path.stat().st_size for path in folder.iterdir()) < 60_000
 
 
 def test_the_readme_trains():

@@ -1,10 +1,24 @@
+import sys
+
 import numpy as np
 import pytest
+from matplotlib import rcParams
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from grouped_newton import Summary
-from grouped_newton.plotting import plot_curvature, plot_rates
+from grouped_newton.plotting import (
+    label_lines,
+    plot_by_group,
+    plot_curvature,
+    plot_decrease,
+    plot_hbar,
+    plot_models,
+    plot_rate_map,
+    plot_rates,
+    plot_slopes,
+)
 
 
 @pytest.fixture
@@ -83,6 +97,161 @@ def test_a_group_without_curvature_is_left_blank(ax):
     ax.figure.canvas.draw()
 
 
+ONE = Summary(0.0, [1.0], [[1.0]], [1.0])
+NUMBERS = {
+    "ordinary": lambda *shape: np.random.default_rng(0).normal(size=shape),
+    "zeros": lambda *shape: np.zeros(shape),
+    "unknown": lambda *shape: np.full(shape, np.nan),
+    "far apart": lambda *shape: np.geomspace(1e-30, 1e30, max(int(np.prod(shape)), 1))[: int(np.prod(shape))].reshape(
+        shape
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("S", [0, 1, 60])
+def test_every_picture_can_be_drawn_without_a_trace_outside_its_axes(S, kind):
+    figure, steps = Figure(figsize=(20, 3)), [1, 2, 3]
+    of, settings = NUMBERS[kind], dict(rcParams)
+    axes = figure.subplots(1, 8)
+    plot_by_group(axes[0], of(S), names(S), spread=of(4, S))
+    plot_hbar(axes[1], of(S, S), names(S))
+    plot_curvature(axes[2], of(S, S), names(S))
+    plot_rate_map(axes[3], steps, of(3, S), names(S))
+    label_lines(plot_rates(axes[4], steps, of(3, S), names(S), rejected=[True] * 3, spikes=[False, True, True]))
+    plot_slopes(axes[5], steps, of(3), of(3, 5))
+    plot_decrease(axes[6], of(S), of(S), steps=of(S))
+    plot_models(axes[7], Summary(of(), of(1), of(1, 1), of(1)), 0, of(S), of(S), rate=of(), internal_damping=of())
+    figure.canvas.draw()
+    assert dict(rcParams) == settings
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_a_dot_a_group_with_the_first_on_top(ax):
+    dots = plot_by_group(ax, [0.01, 0.2, 0.0, np.nan], names(4), spread=[[0.005, 0.1, 0, 1], [0.02, 0.5, 0, 2]])
+    assert dots.get_offsets()[:2].tolist() == [[0.01, 0], [0.2, 1]]
+    assert dots.get_offsets().mask[2:].any(axis=1).all()
+    assert ax.get_xscale() == "log"
+    assert [label.get_text() for label in ax.get_yticklabels()] == names(4)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    marks = {line.get_marker(): line.get_ydata().tolist() for line in ax.lines}
+    assert marks["<"] == [2]
+    assert marks["x"] == [3]
+    (bars,) = (c for c in ax.collections if isinstance(c, LineCollection))
+    assert [segment[:, 0].tolist() for segment in bars.get_segments()[:2]] == [[0.005, 0.02], [0.1, 0.5]]
+
+
+def test_where_signs_differ_dots_lie_on_both_sides_of_zero_in_two_colours(ax):
+    dots = plot_by_group(ax, [-100.0, 2.0, 0.0], names(3))
+    assert ax.get_xscale() == "symlog"
+    assert dots.get_offsets()[:, 0].tolist() == [-100, 2, 0]
+    assert len({tuple(colour) for colour in dots.get_facecolors()}) == 2
+    assert 0 in ax.get_xticks()
+
+
+def test_the_heat_map_of_hbar_keeps_numbers_and_signs(ax):
+    hbar = np.array([[4000.0, -1.0], [-1.0, np.nan]])
+    image = plot_hbar(ax, hbar, names(2))
+    assert image.get_array().tolist() == [[4000, -1], [-1, None]]
+    assert image.get_clim() == (-4000, 4000)
+    assert image.norm(-1.0) + image.norm(1.0) == pytest.approx(1)
+    assert 0.5 < image.norm(1.0) < 0.7 < image.norm(4000.0)
+    assert sorted(text.get_text() for text in ax.texts) == ["4000", "\N{MINUS SIGN}1", "\N{MINUS SIGN}1"]
+
+
+def test_numbers_that_would_be_too_small_are_left_out_and_names_thinned():
+    small, large = (Figure(figsize=(side, side)).subplots() for side in (1, 12))
+    for axes in (small, large):
+        plot_hbar(axes, np.full((12, 12), -1.23e-7), names(12))
+        assert all(text.get_fontsize() >= 5 for text in (*axes.texts, *axes.get_yticklabels()))
+    assert not small.texts
+    assert len(large.texts) == 144
+    assert len(small.get_yticklabels()) < 12 == len(large.get_yticklabels())
+
+
+def test_the_models_are_those_of_the_summary(ax):
+    etas = np.linspace(-1, 2, 7)
+    loss, g, h, t = 2.0, 3.0, 4.0, -1.5
+    phi = loss - g * etas + h * etas**2 / 2 - t * etas**3 / 6
+    summary = Summary(loss, np.array([9.0, g]), np.array([[9.0, 1.0], [1.0, h]]), np.array([9.0, t]))
+    line = plot_models(ax, summary, 1, etas, phi, rate=0.7, internal_damping=2.0)
+    drawn = {line.get_label(): line for line in ax.lines}
+    assert drawn["loss"] is line
+    assert np.array_equal(line.get_xydata(), np.column_stack([etas, phi]))
+    at = lambda name, eta: np.interp(eta, *drawn[name].get_data())
+    for eta in (-1.0, 0.5, 2.0):
+        second = loss - g * eta + h * eta**2 / 2
+        assert at("second order", eta) == pytest.approx(second)
+        assert at("third order", eta) == pytest.approx(second - t * eta**3 / 6)
+        assert at("damped, λ = 2", eta) == pytest.approx(second + 2 * abs(t) * abs(eta) ** 3 / 6)
+    assert drawn["rate"].get_xdata()[0] == 0.7
+    low, high = ax.get_ylim()
+    assert low < phi.min() < phi.max() < high < phi.max() + np.ptp(phi)
+
+
+def test_rejected_and_spiking_steps_are_marked_above_the_lines(ax):
+    rates = np.array([[0.1], [0.2], [0.4], [0.4]])
+    (line,) = plot_rates(ax, [10, 20, 30, 40], rates, names(1), rejected=[1, 0, 0, 1], spikes=[0, 0, 1, 0])
+    marks = {mark.get_label(): mark for mark in ax.lines if not mark.get_label().startswith("_") and mark is not line}
+    assert marks["rejected refresh"].get_xdata().tolist() == [10, 40]
+    assert marks["spike in the loss"].get_xdata().tolist() == [30]
+    highest = ax.transAxes.inverted().transform(ax.transData.transform((1, 0.4)))[1]
+    assert highest < min(mark.get_ydata().min() for mark in marks.values())
+
+
+def test_the_map_of_rates_has_a_row_a_group_and_cells_around_the_steps(ax):
+    mesh = plot_rate_map(ax, [10, 20, 40], [[0.1, 0.3], [0.2, 0.0], [0.4, np.nan]], names(2))
+    assert mesh.get_array().tolist() == [[0.1, 0.2, 0.4], [0.3, None, None]]
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [5, 15, 30, 50]
+    assert mesh.get_clim() == (0.1, 0.4)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+
+
+def test_slopes_of_several_batches_are_a_mean_in_a_band(ax):
+    unseen = np.array([[1.0, 2.0, 3.0], [0.5, 0.0, -2.0]])
+    own, mean = plot_slopes(ax, [1, 2], [3.0, 1.0], unseen)
+    assert own.get_ydata().tolist() == [3, 1]
+    assert mean.get_ydata().tolist() == [2, -0.5]
+    assert mean.get_label() == "3 unseen batches"
+    (band,) = ax.collections
+    edges = band.get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == (np.quantile(unseen[1], 0.1), np.quantile(unseen[0], 0.9))
+    assert ax.get_yscale() == "symlog"
+
+
+@pytest.mark.parametrize(("actual", "scale"), [([0.09, 0.3], "log"), ([0.09, -0.3], "symlog"), ([0.09, 0.0], "symlog")])
+def test_points_on_the_diagonal_are_predicted(ax, actual, scale):
+    points = plot_decrease(ax, [0.1, 0.2], actual, steps=[10, 20])
+    assert points.get_offsets().tolist() == [[0.1, actual[0]], [0.2, actual[1]]]
+    assert points.get_array().tolist() == [10, 20]
+    assert ax.get_xscale() == ax.get_yscale() == scale
+    assert ax.get_xlim() == ax.get_ylim()
+    (diagonal,) = (line for line in ax.lines if len(line.get_xdata()) > 2)
+    assert np.array_equal(*diagonal.get_data())
+    inside = ax.transAxes.inverted().transform(ax.transData.transform(points.get_offsets()))
+    assert np.all((inside > 0) & (inside < 1))
+
+
+def test_names_stand_beside_the_ends_of_their_lines_and_apart(ax):
+    rates = np.array([[0.1, 0.2, 0.2], [0.1, 0.101, 0.4], [0.1, 0.102, np.nan]])
+    texts = label_lines(plot_rates(ax, [10, 20, 30], rates, names(3)))
+    assert [text.get_text() for text in texts] == names(3)
+    assert [text.xy for text in texts] == [(30, 0.1), (30, 0.102), (20, 0.4)]
+    heights = [text.get_position()[1] for text in texts]
+    size = texts[0].get_fontsize() / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    assert np.diff(heights).min() >= size
+    assert 0 <= heights[0] < heights[-1] <= 1
+
+
+def test_of_many_lines_the_outermost_are_named_and_the_others_fade(ax):
+    lines = plot_rates(ax, [1, 2], np.geomspace(1, 10, 60) * np.ones((2, 1)), names(60))
+    texts = [text.get_text() for text in label_lines(lines)]
+    assert texts[0] == "group 0"
+    assert texts[-1] == "group 59"
+    assert 5 < len(texts) < 30
+    assert [line.get_label() for line in lines if line.get_alpha() is None] == texts
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -98,6 +267,17 @@ def test_a_group_without_curvature_is_left_blank(ax):
         (lambda ax: plot_curvature(ax, np.eye(2), names(3)), ValueError, r"got shape \(2, 2\) and 3 names"),
         (lambda ax: plot_curvature([ax], np.eye(2), names(2)), TypeError, "got list"),
         (lambda ax: plot_curvature(ax, Summary(0.0, [1.0], [[1.0]], [1.0]), names(1)), TypeError, "its hbar"),
+        (lambda ax: plot_hbar(ax, np.eye(2), names(3)), ValueError, "plot_hbar takes hbar"),
+        (lambda ax: plot_rates(ax, [1], [[0.1]], names(1), spikes=[True, False]), ValueError, r"spikes .* \(1,\)"),
+        (lambda ax: plot_rates(ax, [1], [[0.1]], names(1), rejected=True), ValueError, r"rejected .* got \(\)"),
+        (lambda ax: plot_rate_map(ax, [1], [[0.1, 0.2]], names(1)), ValueError, "plot_rate_map takes"),
+        (lambda ax: plot_by_group(ax, [0.1], names(2)), ValueError, r"shapes \(1,\)"),
+        (lambda ax: plot_by_group(ax, [0.1], names(1), spread=[0.1]), ValueError, r"\(1,\) and 1 names"),
+        (lambda ax: plot_slopes(ax, [1, 2], [1, 2], [1]), ValueError, r"\(2,\) and \(1,\)"),
+        (lambda ax: plot_decrease(ax, [1], [1], steps=[1, 2]), ValueError, r"and \(2,\)"),
+        (lambda ax: plot_models(ax, ONE, 1, [0.0], [1.0]), ValueError, "from 0 to 0, got 1"),
+        (lambda ax: plot_models(ax, ONE, 0, [0.0], [[1.0]]), ValueError, r"\(1, 1\)"),
+        (lambda ax: plot_slopes(None, [1], [1], [1]), TypeError, "got NoneType"),
     ],
 )
 def test_bad_input_is_named(ax, call, error, message):
