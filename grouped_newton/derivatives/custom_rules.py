@@ -64,10 +64,11 @@ def by_rule(closed: Any) -> Any:
     """The function of a closed jaxpr; a custom_jvp for every custom_vjp that forward mode would meet, unless kept."""
     if not holds(closed, CUSTOM_VJP):
         return closed
-    trial = _How(failed=set())
+    failed: set[int] = set()
+    trial = _How(failed=failed)
     run = jex.jaxpr_as_fun(_opened(closed, trial))
     jax.make_jaxpr(lambda *xs: jax.jvp(run, xs, xs))(*closed.in_avals)
-    return _opened(closed, _How(kept=trial.failed))
+    return _opened(closed, _How(kept=failed))
 
 
 def keeps(eqns: Sequence) -> bool:

@@ -6,6 +6,8 @@ the forward pass, nothing upstream of group s is differentiated. third_s is thre
 jvps, nested, along u_s alone. Nothing of S x P numbers is ever formed.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +23,8 @@ def nested(loss, theta, u, partition, dtype, order):
         return lambda values: loss(replaced(theta, leaves, values)), [theta[i] for i in leaves]
 
     def by_rule(alone):
-        run = in_forward_mode(*of_all, alone)
+        fn, at = of_all
+        run = in_forward_mode(fn, at, alone)
         return loss if run is None else lambda leaves: run([leaves[i] for i in moving])[0]
 
     moving = [i for i, g in enumerate(partition.index) if g >= 0]
@@ -38,7 +41,9 @@ def nested(loss, theta, u, partition, dtype, order):
             products[i] = jnp.sum(v.astype(dtype) * u[i].astype(dtype))  # not subject to matmul precision
         return partition.sums(products, dtype)
 
-    value, gbar, rows, third, slopes = None, None, [], [], []
+    value: Any = None
+    gbar: Any = None
+    rows, thirds, slopes = [], [], []
     for s in range(partition.num_groups):
         downstream = [i for i, g in enumerate(partition.index) if g >= s]
         u_s = [u[i] if partition.index[i] == s else jnp.zeros_like(u[i]) for i in downstream]
@@ -57,14 +62,14 @@ def nested(loss, theta, u, partition, dtype, order):
 
         own = partition.members(s)
         (f, x), u_s = restricted_to(own, forward), [u[i] for i in own]
-        third.append(_third_derivative(f, x, u_s) if order == 3 else jnp.zeros((), dtype))
+        thirds.append(_third_derivative(f, x, u_s) if order == 3 else jnp.zeros((), dtype))
         if kept:
             slopes.append(jax.jvp(f, (x,), (u_s,))[1])
     if value is None:
         z = lambda *shape: jnp.zeros(shape, dtype)
         return loss(theta).astype(dtype), z(0), z(0, 0), z(0)
     upper = jnp.stack(rows)
-    hbar, third = upper + jnp.triu(upper, 1).T, jnp.stack(third).astype(dtype)
+    hbar, third = upper + jnp.triu(upper, 1).T, jnp.stack(thirds).astype(dtype)
     if kept:  # a group whose slopes differ has second derivatives of neither
         eps = max(float(jnp.finfo(theta[i].dtype).eps) for i in moving)
         unknown = ~same_slopes(jnp.stack(slopes).astype(dtype), gbar, size, eps)

@@ -143,7 +143,7 @@ def general(node, env, ct, x1, x2, sums, order):
 
     if order == 2:
         z1, third = map_rows(lambda *dx: d1(at, dx), *X1), jnp.zeros(len(slots), block.dtype)
-        Z2 = [None] * len(node.outs)
+        Z2: list[Stack | None] = [None] * len(node.outs)
     else:
         X2 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x2, node.active, strict=True))
         z1, z2, third = map_rows(derivatives, X1, X2)

@@ -165,9 +165,9 @@ def plot_slopes(ax: Axes, steps: Any, own: Any, unseen: Any) -> tuple[Line2D, Li
             "plot_slopes takes steps (T,), own (T,) and unseen (T,) or (T, N), got shapes"
             f" {steps.shape}, {own.shape} and {unseen.shape}"
         )
-    mean, low, high = unseen, None, None
+    mean = unseen
     if unseen.ndim == 2:
-        mean, low, high = unseen.mean(1), *np.quantile(unseen, (0.1, 0.9), axis=1)
+        mean, (low, high) = unseen.mean(1), np.quantile(unseen, (0.1, 0.9), axis=1)
         ax.fill_between(steps, low, high, color=axes.ORANGE, alpha=0.25, linewidth=0)
     style = {"linewidth": 1.6, "marker": ".", "markersize": 4}
     label = "unseen batch" if low is None else f"{unseen.shape[1]} unseen batches"
