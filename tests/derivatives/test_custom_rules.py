@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import grouped_newton as gn
 
-DOCS = (pathlib.Path(__file__).parent.parent / "docs" / "refused.md").read_text(encoding="utf-8")
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "refused.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.usefixtures("x64")
 
 
