@@ -41,6 +41,7 @@ from grouped_newton.derivatives.jaxprs import (
     live_equations,
     read,
     replaced,
+    variable,
 )
 
 # Where the vjp of a scan looks for what is the same in every step, older versions put the function of a custom_jvp in
@@ -141,6 +142,20 @@ def _transposed(f, at, along):
     return z, jax.vjp(pull, small)[1](along)[0]
 
 
+def _loops_by_rule(f, at):
+    """Whether bwd hands the cotangent to a loop that is a custom_vjp itself, whose transpose would have none."""
+    z, pull = jax.vjp(f, *at)
+    jaxpr = jax.make_jaxpr(pull)(z).jaxpr
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(variable(v) in reached for v in eqn.invars):
+            inside = (e for b in bodies(eqn) for e in equations(b))
+            if any(kind(e) in CUSTOM_VJP and holds(body(e), {"while"}) for e in (eqn, *inside)):
+                return True
+            reached.update(eqn.outvars)
+    return False
+
+
 def _with_rule(fn, jvp, how, output_is_itself=False):
     """``fn``, from arrays to a list of arrays, as a custom_jvp.
 
@@ -207,13 +222,13 @@ def _evaluated(eqn, jaxpr, values, how):
             return itself(*values)
 
         def jvp(restricted, *at_and_along):
-            try:
+            if how.failed is None:
                 return _transposed(restricted(itself), *at_and_along)
-            except Exception:
-                if how.failed is None:
-                    raise
-                how.failed.add(id(eqn))
-                return jax.jvp(restricted(inside), *at_and_along)
+            with contextlib.suppress(Exception):
+                if not _loops_by_rule(restricted(itself), at_and_along[0]):
+                    return _transposed(restricted(itself), *at_and_along)
+            how.failed.add(id(eqn))
+            return jax.jvp(restricted(inside), *at_and_along)
 
         return _with_rule(itself, jvp, how, output_is_itself=True)(*values)
     if name in CUSTOM_JVP:  # whose function is not differentiated

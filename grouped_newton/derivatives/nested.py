@@ -73,7 +73,7 @@ def nested(loss, theta, u, partition, dtype, order):
     if kept:  # a group whose slopes differ has second derivatives of neither
         eps = max(float(jnp.finfo(theta[i].dtype).eps) for i in moving)
         unknown = ~same_slopes(jnp.stack(slopes).astype(dtype), gbar, size, eps)
-        hbar, third = jnp.where(unknown[:, None] | unknown, jnp.nan, hbar), jnp.where(unknown, jnp.nan, third)
+        hbar, third = jnp.where(unknown[:, None] | unknown[None], jnp.nan, hbar), jnp.where(unknown, jnp.nan, third)
     return value.astype(dtype), gbar, hbar, third
 
 

@@ -75,7 +75,7 @@ def sweep(
         gbar, _, _ = sums.totals()
     if keeps(followed.jaxpr.eqns):  # what else of a group whose forward and reverse mode differ is of neither
         unknown = jnp.isnan(jnp.diagonal(hbar))
-        hbar = jnp.where(unknown[:, None] | unknown, jnp.nan, hbar)
+        hbar = jnp.where(unknown[:, None] | unknown[None], jnp.nan, hbar)
     return value, gbar, hbar, third
 
 
