@@ -239,9 +239,9 @@ def _evaluated(eqn, jaxpr, values, how):
         return itself(*values)
     if name in REMAT:
         params = getattr(eqn.params.get("_prim"), "params", eqn.params)
-        prevent_cse = params["prevent_cse"]
+        prevent_cse = params.get("prevent_cse", True)
         prevent_cse = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
-        return jax.checkpoint(inside, prevent_cse=prevent_cse, policy=params["policy"])(*values)
+        return jax.checkpoint(inside, prevent_cse=prevent_cse, policy=params.get("policy"))(*values)
     if name == "shard_map":
         p = eqn.params
         specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
