@@ -1,7 +1,6 @@
 """Stacks of tangents: one array per value, a row for every group that has reached it."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,6 @@ from jax import lax
 
 from grouped_newton import sharding
 
-_SHORT = 1 << 15
 _TINY = 1 << 12
 _FEW = 8
 _ROOM = 1 << 15  # numbers of a stack that may be zeros
@@ -146,13 +144,8 @@ def gram(x, y):
 def inner(x, y):
     """<x_s, y_s> for all s, accumulated in at least float32."""
     dtype = jnp.promote_types(wide(x.dtype), wide(y.dtype))
-    products = x.astype(dtype) * y.astype(dtype)
-    short = products.size <= _SHORT and (len(x) > 1 or products.size > _TINY)
-    if short and not sharding.on_a_mesh(x, y):
-        # On the CPU XLA pays for each reduction at every call, see numerics.folded. One row by one column would be one.
-        ones = jnp.ones((math.prod(x.shape[1:]), 2), dtype)
-        return jnp.matmul(products.reshape(len(x), len(ones)), ones, precision=lax.Precision.HIGHEST)[:, 0].real
-    return jnp.sum(products, axis=tuple(range(1, x.ndim))).real
+    # Not as a product with ones: XLA of jax 0.10 compiles some of these, of a few thousand numbers, to garbage.
+    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=tuple(range(1, x.ndim))).real
 
 
 def placed(slots, values, num_groups):

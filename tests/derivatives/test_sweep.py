@@ -277,6 +277,24 @@ def test_equals_the_definition_in_single_precision(name):
     assert_same_summary(*both(*ZOO[name]), tol=256 * EPS32)
 
 
+def test_a_few_thousand_numbers_a_row_in_single_precision():
+    """Sums of this length were compiled to garbage, of which no smaller loss has any."""
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)
+    blocks = [{"up": draw(16, 16) / 4, "down": draw(16, 16) / 8} for _ in range(2)]
+    x, labels = draw(512, 16), jnp.arange(512) % 3
+
+    def loss(blocks):
+        h = x
+        for block in blocks:
+            h = h + jnp.tanh(h @ block["up"]) @ block["down"]
+        return -jnp.mean(jax.nn.log_softmax(h[:, :3]) * jax.nn.one_hot(labels, 3))
+
+    direction = jax.tree.map(jnp.sign, jax.grad(loss)(blocks))
+    by = lambda method: jax.jit(lambda p, u: gn.summarize(loss, p, u, method=method))(blocks, direction)
+    assert_same_summary(by("sweep"), by("nested"), 256 * EPS32)
+
+
 def test_compiled_or_not_it_is_the_same():
     loss, params = ZOO["cond"]
     direction = jax.jit(jax.grad(loss))(params)
