@@ -279,19 +279,22 @@ def test_equals_the_definition_in_single_precision(name):
 
 def test_a_few_thousand_numbers_a_row_in_single_precision():
     """Sums of this length were compiled to garbage, of which no smaller loss has any."""
-    keys = iter(jax.random.split(jax.random.key(0), 6))
-    draw = lambda *shape: jax.random.normal(next(keys), shape)
-    blocks = [{"up": draw(16, 16) / 4, "down": draw(16, 16) / 8} for _ in range(2)]
-    x, labels = draw(512, 16), jnp.arange(512) % 3
+    blocks, batch = 4, 256
+    keys = iter(jax.random.split(jax.random.key(0), 2 * blocks + 2))
+    layer = lambda m, n: {"w": jax.random.normal(next(keys), (m, n)) / m**0.5, "b": jnp.zeros(n)}
+    params = {"embed": layer(8, 16), "head": layer(16, 3)}
+    params |= {"blocks": [{"down": layer(16, 16), "up": layer(16, 16)} for _ in range(blocks)]}
+    x, labels = jax.random.normal(jax.random.key(3), (batch, 8)), jax.nn.one_hot(jnp.arange(batch) % 3, 3)
+    dense = lambda p, x: x @ p["w"] + p["b"][None]
 
-    def loss(blocks):
-        h = x
-        for block in blocks:
-            h = h + jnp.tanh(h @ block["up"]) @ block["down"]
-        return -jnp.mean(jax.nn.log_softmax(h[:, :3]) * jax.nn.one_hot(labels, 3))
+    def loss(params):
+        h = dense(params["embed"], x)
+        for block in params["blocks"]:
+            h = h + dense(block["down"], jnp.tanh(dense(block["up"], h))) / 2
+        return -jnp.mean(jnp.sum(jax.nn.log_softmax(dense(params["head"], h)) * labels, axis=1))
 
-    direction = jax.tree.map(jnp.sign, jax.grad(loss)(blocks))
-    by = lambda method: jax.jit(lambda p, u: gn.summarize(loss, p, u, method=method))(blocks, direction)
+    direction = jax.tree.map(jnp.sign, jax.grad(loss)(params))
+    by = lambda method: jax.jit(lambda p, u: gn.summarize(loss, p, u, method=method))(params, direction)
     assert_same_summary(by("sweep"), by("nested"), 256 * EPS32)
 
 
