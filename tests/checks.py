@@ -10,12 +10,12 @@ import grouped_newton as gn
 
 
 def at(tree, i):
-    """Of arrays as NumPy's, for which no index is compiled."""
-    return jax.tree.map(lambda x: np.asarray(x)[i], tree)
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def each(run, *args):
     """What ``jax.vmap(run)`` gives, one after the other: conditions stay conditions, which compiles in a third."""
+    args = jax.device_get(args)  # for which no index is compiled
     found = [jax.device_get(run(*at(args, i))) for i in range(len(jax.tree.leaves(args)[0]))]
     return jax.tree.map(lambda *xs: np.stack(xs), *found)
 

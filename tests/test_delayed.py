@@ -192,7 +192,7 @@ def test_the_first_summary_is_of_the_first_direction_itself_and_forgotten_at_the
     first, second = at(states, 0), at(states, 1)
     delayed = tanh_summaries(at(trained, slice(1)), at(directions, slice(1)), at(batches, slice(1, 2)))
     assert_summaries(recorded(at(states, slice(1, 2))), delayed)
-    assert_equal(second.recent, jnp.abs(jnp.diag(second.hbar)))
+    assert_equal(second.recent, jnp.abs(jnp.diag(second.summary.hbar)))
     assert np.all(first.recent != second.recent)
     # From the third on it is an average of what counts.
     third = tanh_summaries(at(trained, slice(1, 2)), at(directions, slice(1, 2)), at(batches, slice(2, 3)))
@@ -256,7 +256,8 @@ def test_copies_have_the_dtypes_of_the_params(dtype):
         tx = optax.chain(ours(), descent)
         run = jax.jit(functools.partial(train, tx, loss))
         trained, directions, states = run(params, batches)
-        for copy in (*tx.init(params)[0][-2:], states.direction, states.origin):
+        start = tx.init(params)[0]
+        for copy in (start.direction, start.origin, states.direction, states.origin):
             assert {x.dtype for x in jax.tree.leaves(copy)} == {jnp.dtype(dtype)}
         assert states.summary.gbar.dtype == jnp.promote_types(dtype, jnp.float32)
         check(loss, trained, directions, states, batches)
