@@ -129,9 +129,10 @@ def general(node, env, ct, x1, x2, sums, order):
     cotangents = [ct[v].astype(v.aval.dtype) for v in node.outs]
     X1 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x1, node.active, strict=True))
     gradient = lambda *xs: jax.vjp(lambda *xs: fn(xs), *xs)[1](cotangents)
-    if node.forward is not None:
+    if kept := node.forward is not None:
         gradient = forward_only(gradient)
-    pulled, turned = map_rows(lambda *dx: jax.jvp(gradient, at, dx), *X1)
+    both = lambda *dx: jax.jvp(gradient, at, dx)
+    pulled, turned = map_rows(both, *X1) if kept else (None, map_rows(lambda *dx: both(*dx)[1], *X1))
     block = sum(gram(p, q) for p, q in zip(X1, turned, strict=True))
     d1 = lambda x, dx: jax.jvp(lambda *xs: forward(xs), x, dx)[1]
     d2 = lambda x, dx, ddx: jax.jvp(d1, (x, dx), (dx, ddx))
@@ -148,11 +149,11 @@ def general(node, env, ct, x1, x2, sums, order):
         X2 = tuple(spread_or_zero(x, slots, v) for x, v in zip(x2, node.active, strict=True))
         z1, z2, third = map_rows(derivatives, X1, X2)
         Z2 = [Stack(slots, z) for z in z2]
-    if node.forward is not None:
+    if kept:
         unknown = jnp.where(_agree(X1, pulled, z1, cotangents), 0, jnp.nan).astype(block.dtype)
     if node.forgiving:
         third, block, z1 = third + 0 * jnp.diagonal(block), _unless_nan(block), [_unless_nan(z) for z in z1]
-    if node.forward is not None:
+    if kept:
         third, block = third + unknown, block + jnp.diag(unknown)
     sums.add_hbar(slots, slots, block)
     if order > 2:
