@@ -170,7 +170,7 @@ def plot_slopes(ax: Axes, steps: Any, own: Any, unseen: Any) -> tuple[Line2D, Li
         mean, (low, high) = unseen.mean(1), np.quantile(unseen, (0.1, 0.9), axis=1)
         ax.fill_between(steps, low, high, color=axes.ORANGE, alpha=0.25, linewidth=0)
     style = {"linewidth": 1.6, "marker": ".", "markersize": 4}
-    label = "unseen batch" if low is None else f"{unseen.shape[1]} unseen batches"
+    label = "unseen batch" if unseen.ndim == 1 else f"{unseen.shape[1]} unseen batches"
     (first,) = ax.plot(steps, own, color=axes.BLUE, label="own batch", **style)
     (second,) = ax.plot(steps, mean, color=axes.ORANGE, label=label, **style)
     numbers = axes.finite(own, mean)

@@ -27,8 +27,8 @@ SIZES = {
     "transformer, 12 scanned": {"layers": 2, "d": 8, "heads": 2, "vocabulary": 7, "batch": 2, "length": 4},
     "resnet-18, batch norm": {"channels": (2, 3), "size": 8, "batch": 3},
 }
-# Made small, these are another one again, but for its groups.
-SAME = ("mlp, a group a layer", "transformer, 12 scanned")
+# Made small, these are another one again, but for its groups, or have no layer that another one lacks.
+SAME = ("mlp, a group a layer", "transformer, 12 scanned", "vgg-11")
 
 
 models, costs = imported("models", "summary")
