@@ -9,6 +9,16 @@ import numpy as np
 import scipy.special
 
 
+def uncompiled(fn):
+    """``fn`` of pytrees of arrays, in place of ``jax.jit(fn)`` where it is called once."""
+
+    def evaluated(*args):
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        return jax.tree.unflatten(jax.tree.structure(shape), run(closed, *jax.tree.leaves(args)))
+
+    return evaluated
+
+
 def run(closed, *args):
     """The outputs of a closed jaxpr, as NumPy arrays."""
     return _run(closed.jaxpr, closed.consts, [np.asarray(x) for x in args])
