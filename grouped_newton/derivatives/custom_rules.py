@@ -245,7 +245,8 @@ def _evaluated(eqn, jaxpr, values, how):
     if name == "shard_map":
         p = eqn.params
         specs = {"mesh": p["mesh"], "in_specs": p["in_specs"], "out_specs": list(p["out_specs"])}
-        return jax.shard_map(inside, **specs, axis_names=p["newly_manual_axes"], check_vma=p["check_vma"])(*values)
+        axes = p["newly_manual_axes" if "newly_manual_axes" in p else "manual_axes"]  # jax 0.8
+        return jax.shard_map(inside, **specs, axis_names=axes, check_vma=p["check_vma"])(*values)
     held = {k: p for k, p in eqn.params.items() if any(map(is_jaxpr, jax.tree.leaves(p, is_leaf=is_jaxpr)))}
     rewritten = jax.tree.map(lambda x: _opened(x, how) if is_jaxpr(x) else x, held, is_leaf=is_jaxpr)
     return evaluate(eqn.replace(params=eqn.params | rewritten), jaxpr, values)
