@@ -29,7 +29,14 @@ import optax
 from grouped_newton import groups as _groups
 from grouped_newton import trees
 from grouped_newton.damping import model_error
-from grouped_newton.derivatives.summary import Summary, one_number, summarize, summary_dtype, zero_summary
+from grouped_newton.derivatives.summary import (
+    Summary,
+    one_number,
+    summarize,
+    summary_dtype,
+    summary_of,
+    zero_summary,
+)
 from grouped_newton.direction import in_float32
 from grouped_newton.rates import edge_rates
 
@@ -67,7 +74,7 @@ class LearningRates:
       steps: length of the run that the rates are for; None, as for 3,000.
       gradients: how many were computed.
       summaries: how many were computed; one costs 1.5 to 3 gradients, and one by group as docs/cost.md says.
-      labels: the groups as a tree like the params.
+      labels: the groups as a tree like the params; None where a leaf holds several, as stacked layers do.
     """
 
     names: tuple[str, ...]
@@ -94,7 +101,16 @@ class LearningRates:
     def transforms(
         self, make: Callable[[float], optax.GradientTransformation] = optax.adamw
     ) -> dict[Hashable, optax.GradientTransformation]:
-        """Group name -> ``make(rate)``, for ``optax.partition(suggested.transforms(make), suggested.labels)``."""
+        """Group name -> ``make(rate)``, for ``optax.partition(suggested.transforms(make), suggested.labels)``.
+
+        A ValueError where a leaf holds several layers: ``optax.partition`` has one transform a leaf.
+        """
+        if self.labels is None:
+            raise ValueError(
+                f"some parameters hold several of the groups {', '.join(self.names)}, and optax.partition has one"
+                " transform for each of them; take peak for all, or give groups without stacked layers, such as"
+                " groups.by_path"
+            )
         return {name: make(rate) for name, rate in self.by_group.items()} | {_groups.FROZEN: optax.set_to_zero()}
 
     def plot(self, ax: Any = None) -> Any:
@@ -238,7 +254,7 @@ class _Problem(NamedTuple):
     theta: Any
     names: tuple[str, ...]
     labels: Any
-    moving_labels: Any
+    partition: _groups.Partition  # of theta
     dtype: Any
     direction: optax.GradientTransformationExtraArgs
     factor: float
@@ -264,6 +280,7 @@ def _problem(loss_fn, params, groups, direction, factor):
     leaves, treedef = jax.tree.flatten(params)
     name_of = lambda g: _groups.FROZEN if g < 0 else partition.names[g]
     labels = jax.tree.unflatten(treedef, [name_of(g) for g in partition.index])
+    labels = None if any(partition.layers) else labels  # optax.partition has one transform a leaf
 
     def loss(theta, batch):
         moving = iter(jax.tree.leaves(theta))
@@ -271,9 +288,9 @@ def _problem(loss_fn, params, groups, direction, factor):
         value = loss_fn(jax.tree.unflatten(treedef, whole), batch)
         return one_number("loss_fn must return", value, "lambda params, batch: loss_fn(params, batch)[0]")
 
-    moving = lambda tree: trees.without_frozen(partition, tree)
+    theta, moving = trees.without_frozen(partition, params), partition.without_frozen()
     direction, dtype = optax.with_extra_args_support(direction), summary_dtype(params, partition)
-    return _Problem(loss, moving(params), partition.names, labels, moving(labels), dtype, direction, factor)
+    return _Problem(loss, theta, partition.names, labels, moving, dtype, direction, factor)
 
 
 def _check_options(steps, max_batches):
@@ -337,7 +354,7 @@ def _walk_on(problem, walk, batch, unseen):
 
 def _by_group(problem, walk, batch, unseen):
     _, (u, _) = _direction(problem, walk, batch)
-    summary = summarize(lambda theta: problem.loss(theta, unseen), walk.theta, u, problem.moving_labels)
+    summary = summary_of(lambda theta: problem.loss(theta, unseen), walk.theta, u, problem.partition)
     return summary._replace(third=jnp.abs(summary.third))
 
 
@@ -363,7 +380,7 @@ def _bounded_change(rate, last):
 
 
 def _moved(theta, rate, u):
-    return jax.tree.map(lambda x, d: (x - rate * d).astype(x.dtype), theta, u)
+    return optax.apply_updates(theta, optax.tree.scale(-rate, u))
 
 
 # Reading

@@ -153,6 +153,16 @@ class Partition(NamedTuple):
                 sizes[g] += jnp.size(x) // len(self.groups_of(i))
         return sizes
 
+    def without_frozen(self) -> "Partition":
+        """The same groups of the leaves that have one."""
+        moving = [i for i, g in enumerate(self.index) if g >= 0]
+        return Partition(
+            index=tuple(self.index[i] for i in moving),
+            names=self.names,
+            paths=tuple(self.paths[i] for i in moving),
+            layers=tuple(self.layers[i] for i in moving),
+        )
+
     def in_pieces(self) -> "Partition":
         """The same groups of leaves of which those with layers are cut into slices, see ``cut``."""
         pieces = [(path, g) for i, path in enumerate(self.paths) for g in self.groups_of(i) or (-1,)]

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from grouped_newton.numerics import quadratic_form, total
 from grouped_newton.refresh import GroupedNewtonState
 
 _AS_THEY_ARE = ("damping", "model_error", "caution", "status", "refreshes", "rejected", "uphill")
@@ -56,7 +58,7 @@ def metrics(state: Any, names: Sequence[str] | None = None, *, learning_rate: An
         raise ValueError(f"names must have one name for each of the {S} groups in the state, got {len(names)}")
     return {
         **dict(zip(labels, eta, strict=True)),
-        "predicted_decrease": jnp.sum(gbar * eta) - jnp.sum(hbar * eta[:, None] * eta[None]) / 2,
+        "predicted_decrease": total(gbar * eta) - quadratic_form(hbar, eta) / 2,
         "loss": loss,
         **{name: jnp.asarray(getattr(newton, name)) for name in _AS_THEY_ARE},
     }
@@ -64,8 +66,7 @@ def metrics(state: Any, names: Sequence[str] | None = None, *, learning_rate: An
 
 def _the_one(state):
     """The state of the only transform of ours in it."""
-    is_ours = lambda x: isinstance(x, GroupedNewtonState)
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    found = [newton for _, newton in optax.tree.get_all_with_path(state, GroupedNewtonState.__name__)]
     if len(found) != 1:
         raise ValueError(
             f"the state holds {len(found)} of GroupedNewtonState and must hold one: give the state of an optimizer made"

@@ -203,3 +203,20 @@ def not_a_number(params, batch):
 def test_bad_input_is_named(options, error, message):
     with pytest.raises(error, match=message):
         suggest(**options)
+
+
+def test_a_leaf_may_hold_a_group_a_layer():
+    """Its rates are those of the same numbers in leaves of their own; optax.partition can't have them."""
+    grouping = gn.groups.stacked("^a", others=gn.groups.by_path({"b": "b"}))
+    found = suggest(batches=(0.0, 0.5, -0.5, 0.25), groups=grouping)
+    assert found.names == ("a/0", "a/1", "a/2", "b")
+    of_list = lambda params, batch: quadratic({"a": jnp.stack(params["a"]), "b": params["b"]}, batch)
+    params = {"a": list(start()["a"]), "b": start()["b"]}
+    options = {"direction": optax.identity(), "progress": False, "trials": False}
+    batches = [jnp.asarray(b) for b in (0.0, 0.5, -0.5, 0.25)]
+    labels = {"a": ["a/0", "a/1", "a/2"], "b": "b"}
+    expected = gn.suggest_learning_rates(of_list, params, batches, groups=labels, **options)
+    np.testing.assert_allclose(found.rates, expected.rates, rtol=1e-5)
+    assert isinstance(expected.transforms(), dict)
+    with pytest.raises(ValueError, match=r"several of the groups a/0, a/1, a/2, b, .* groups\.by_path"):
+        found.transforms()

@@ -121,6 +121,32 @@ def test_a_summary_is_that_of_the_layers_in_a_list(x64, model):
         assert_same_summary(summary, expected, 32 * EPS)
 
 
+def test_other_derivatives_are_those_of_the_layers_in_a_list(x64):
+    grouping = groups.stacked("^blocks", others=groups.by_path({"embed": groups.FROZEN, "": "head"}))
+    params, u = params_of(1), params_of(2)
+    of_stack, of_list = map(loss_through, MODELS["scan"])
+    error = lambda z: jnp.mean(jnp.cos(z))
+
+    def outputs(blocks_of):
+        return lambda p: blocks_of(normal(90, 5, 2) @ p["embed"]["w"], p["blocks"]) @ p["head"]["w"]
+
+    @jax.jit
+    def all_of(params, u):
+        listed, u_listed = unstacked(params), unstacked(u)
+        labels = {"blocks": [f"blocks/{i}" for i in range(L)], "embed": groups.FROZEN, "head": "head"}
+        gauss_newton = [
+            gn.gauss_newton_summary(outputs(scanned), error, params, u, grouping),
+            gn.gauss_newton_summary(outputs(looped), error, listed, u_listed, labels),
+        ]
+        whole = gn.summarize(of_list, listed, u_listed, labels)
+        return gauss_newton, whole, gn.derivative_tensors(of_stack, params, u, grouping)
+
+    (stacked, listed), whole, (first, second, third) = all_of(params, u)
+    assert_same_summary(stacked, listed, 64 * EPS)
+    found = whole._replace(gbar=first, hbar=second, third=jnp.einsum("sss->s", third))
+    assert_same_summary(found, whole, 64 * EPS)
+
+
 def test_layers_may_share_a_group(x64):
     # per_module merges neighbours: a group that has come in with one layer has tangents before the next.
     of_stack = lambda blocks: jnp.mean(scanned(normal(90, 5, D), blocks) ** 2)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from grouped_newton import groups as _groups
 from grouped_newton.derivatives.custom_rules import in_forward_mode, naming_rules
 from grouped_newton.derivatives.jaxprs import is_float, replaced
-from grouped_newton.derivatives.summary import Summary, matching_leaves, summarize, summary_dtype
+from grouped_newton.derivatives.summary import Summary, pieces_of, summarize, summary_dtype
 
 
 def gauss_newton_summary(
@@ -76,19 +76,16 @@ def gauss_newton_summary(
     """
     partition = _groups.resolve(groups, params)
     dtype = summary_dtype(params, partition)
-    theta, treedef = jax.tree.flatten(params)
-    u = matching_leaves(direction, params, partition)
-    moving = [i for i, g in enumerate(partition.index) if g >= 0]
-    at = [jnp.asarray(theta[i]) for i in moving]
-    model = lambda values: model_fn(jax.tree.unflatten(treedef, replaced(theta, moving, values)))
+    at, u, group, params_of = pieces_of(params, direction, partition)
+    model = lambda values: model_fn(params_of(values))
     with jax.numpy_dtype_promotion("standard"), naming_rules(lambda: jax.make_jaxpr(model)(at)):
         structure = jax.tree.structure(jax.eval_shape(model, at))
         smooth = in_forward_mode(model, at, alone=True) or (lambda values: jax.tree.leaves(model(values)))
         z, tangents = smooth(at), []
         for s in range(partition.num_groups):
-            own = [k for k, i in enumerate(moving) if partition.index[i] == s]
+            own = [k for k, g in enumerate(group) if g == s]
             outputs = lambda values, own=own: smooth(replaced(at, own, values))
-            tangents.append(jax.jvp(outputs, ([at[k] for k in own],), ([u[moving[k]] for k in own],))[1])
+            tangents.append(jax.jvp(outputs, ([at[k] for k in own],), ([u[k] for k in own],))[1])
 
     along = list(zip(*tangents, strict=True)) or [()] * len(z)
 

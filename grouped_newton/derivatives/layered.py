@@ -25,7 +25,7 @@ from grouped_newton.derivatives.stacks import Layered, Stack, select, spread_or_
 _NOWHERE = -1
 
 
-def stacked(x: Layered) -> Stack | None:
+def as_stack(x: Layered) -> Stack | None:
     """The stack of the groups that are in this pass."""
     slots = reached(x)
     if not slots:
@@ -126,7 +126,7 @@ def fit_for(node, x1: list) -> list:
         scanned = node.kind == "scan" and node.scan.is_scanned(node.scan.operands[i]) and x.axis == 0
         # Two groups of one step that may be the same one can't both have a slot of their own.
         if not scanned or any(k != x.slots and {*k}.intersection(reached(x)) for k in kept):
-            return stacked(x)
+            return as_stack(x)
         kept.append(x.slots)
         return x
 

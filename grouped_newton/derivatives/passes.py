@@ -18,9 +18,10 @@ from grouped_newton import sharding
 from grouped_newton.derivatives.jaxprs import evaluate, named_in_errors, read
 from grouped_newton.derivatives.layered import Steps, fit_for, moved, reached, steps_first
 from grouped_newton.derivatives.program import Program
-from grouped_newton.derivatives.rules import bilinear, finite, general, linear, named_values, restricted, unary
+from grouped_newton.derivatives.rules import bilinear, general, linear, named_values, restricted, unary
 from grouped_newton.derivatives.stacks import Layered, Stack, in_room, spread_or_zero, wide, with_room, within
 from grouped_newton.derivatives.sums import Sums
+from grouped_newton.numerics import zero_nonfinite
 
 
 def primal(program: Program, args: Sequence) -> dict:
@@ -65,7 +66,7 @@ def adjoint(program: Program, env: dict, cotangents: Sequence, wanted: frozenset
             with named_in_errors(node.eqns):
                 pulled = _pulled(program, node, env, [ct[v] for v in node.outs], targets)
         if node.forgiving and node.kind in ("unary", "general"):
-            pulled = [finite(x) for x in pulled]
+            pulled = [zero_nonfinite(x) for x in pulled]
         for i, value in zip(targets, pulled, strict=True):
             accumulate(node.active[i], value)
     return ct

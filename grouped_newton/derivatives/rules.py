@@ -183,11 +183,6 @@ def _unless_nan(x):
     return jnp.where(jnp.isnan(x), 0, x)
 
 
-def finite(x):
-    """The array with zeros for what isn't finite."""
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
 def restricted(node, env, targets, fn=None):
     """The node, or its ``fn`` for another mode, as a function of the operands numbered ``targets`` alone."""
     fn = node.fn if fn is None else fn

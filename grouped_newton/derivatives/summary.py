@@ -9,7 +9,7 @@ third_s   = (D^3 L)[u_s, u_s, u_s]   = - d3 phi / d eta_s^3           (S,)
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -218,6 +218,32 @@ def matching_leaves(direction: Any, params: Any, partition: _groups.Partition) -
             )
         matched.append(d if g < 0 else jnp.asarray(d).astype(jnp.result_type(p)))
     return matched
+
+
+class Pieces(NamedTuple):
+    """The parameters that have a group; a leaf that holds several layers as a slice for each of them.
+
+    Attributes:
+      theta: the parameters, a list of arrays.
+      u: their direction.
+      group: the number of the group of each.
+      params: from a list like ``theta`` to params.
+    """
+
+    theta: list
+    u: list
+    group: list[int]
+    params: Callable[[Sequence], Any]
+
+
+def pieces_of(params: Any, direction: Any, partition: _groups.Partition) -> Pieces:
+    """The pieces of params and a direction, which is checked against them."""
+    leaves, treedef = jax.tree.flatten(params)
+    theta, u = partition.cut(leaves), partition.cut(matching_leaves(direction, params, partition))
+    group = partition.in_pieces().index
+    moving = [i for i, g in enumerate(group) if g >= 0]
+    whole = lambda values: jax.tree.unflatten(treedef, partition.joined(replaced(theta, moving, values)))
+    return Pieces([jnp.asarray(theta[i]) for i in moving], [u[i] for i in moving], [group[i] for i in moving], whole)
 
 
 def real_scalar(value: Any, dtype: Any) -> jax.Array:

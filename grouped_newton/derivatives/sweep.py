@@ -35,9 +35,9 @@ from grouped_newton.derivatives.jaxprs import is_half, read
 from grouped_newton.derivatives.layered import sums_of_layers
 from grouped_newton.derivatives.passes import adjoint, primal, tangent
 from grouped_newton.derivatives.program import build
-from grouped_newton.derivatives.rules import finite
 from grouped_newton.derivatives.stacks import Layered, Stack, inner
 from grouped_newton.derivatives.sums import Sums
+from grouped_newton.numerics import zero_nonfinite
 
 
 def sweep(
@@ -71,7 +71,7 @@ def sweep(
         gradient = jax.grad(lambda *xs: jex.jaxpr_as_fun(closed)(*xs)[0], range(len(at)))(*at)
         sums = Sums(num_groups, dtype, sharding.tracked_axes())
         for own, axis, dx, x in zip(groups, layer_axes, gradient, u, strict=True):
-            sums.add_gbar(_slopes(finite(dx) if forgiving else dx, _along(x, own, axis)))
+            sums.add_gbar(_slopes(zero_nonfinite(dx) if forgiving else dx, _along(x, own, axis)))
         gbar, _, _ = sums.totals()
     if keeps(followed.jaxpr.eqns):  # what else of a group whose forward and reverse mode differ is of neither
         unknown = jnp.isnan(jnp.diagonal(hbar))

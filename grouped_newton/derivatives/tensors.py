@@ -21,8 +21,7 @@ from jax import lax
 
 from grouped_newton import groups as _groups
 from grouped_newton.derivatives.custom_rules import in_forward_mode, naming_rules
-from grouped_newton.derivatives.jaxprs import replaced
-from grouped_newton.derivatives.summary import matching_leaves, real_scalar, summary_dtype
+from grouped_newton.derivatives.summary import pieces_of, real_scalar, summary_dtype
 
 
 def derivative_tensors(
@@ -80,22 +79,18 @@ def derivative_tensors(
         raise ValueError(f"order must be an integer of at least 1, got {order!r}")
     partition = _groups.resolve(groups, params)
     dtype = summary_dtype(params, partition)
-    theta, treedef = jax.tree.flatten(params)
-    u = matching_leaves(direction, params, partition)
-    moving = [i for i, g in enumerate(partition.index) if g >= 0]
-    at = [jnp.asarray(theta[i]) for i in moving]
-
-    def loss(values):
-        return real_scalar(value_fn(jax.tree.unflatten(treedef, replaced(theta, moving, values))), dtype)
+    at, u, group, params_of = pieces_of(params, direction, partition)
+    loss = lambda values: real_scalar(value_fn(params_of(values)), dtype)
 
     def along(loss):
         """psi of a loss of the leaves that have a group."""
 
-        def moved(x, i, eps):
+        def moved(x, dx, eps):
             wide = _groups.wider(x.dtype, dtype)
-            return (x.astype(wide) + eps[partition.index[i]].astype(wide) * u[i].astype(wide)).astype(x.dtype)
+            return (x.astype(wide) + eps.astype(wide) * dx.astype(wide)).astype(x.dtype)
 
-        return lambda eps: loss([moved(x, i, eps) for x, i in zip(at, moving, strict=True)]).astype(dtype)
+        pieces = list(zip(at, u, group, strict=True))
+        return lambda eps: loss([moved(x, dx, eps[g]) for x, dx, g in pieces]).astype(dtype)
 
     with jax.numpy_dtype_promotion("standard"), naming_rules(lambda: jax.make_jaxpr(loss)(at)):
         first = _tensor(along(loss), partition.num_groups, 1, dtype)  # by the rules of reverse mode alone
