@@ -1,16 +1,17 @@
 """How good the rates of gn.suggest_learning_rates are: what AdamW with warm-up and cosine comes to with them.
 
-For every workload, at its initial params and after 100 steps of AdamW at 1e-3, 100 batches give the suggestion, one
-rate for all params. Beside it: the same without trials, the learning-rate range test as Lightning does it (100 steps
-from 1e-8 to 1, the steepest fall of the smoothed loss) and as fastai does it (from 1e-7 to 10, the "valley"), and 0.01
-for everything. The final validation losses at the rates of the grid of training.py are known, of seed 0; that at a
-suggested one is interpolated between them, linear in the logarithms, and held beyond them. *train* trains with them.
+For every workload and seed, at the initial params and after 100 steps of AdamW at 1e-3, 100 batches give the
+suggestion, one rate for all params. Beside it: the same without trials, the learning-rate range test as Lightning does
+it (100 steps from 1e-8 to 1, the steepest fall of the smoothed loss) and as fastai does it (from 1e-7 to 10, the
+"valley"), and 0.01 for everything. AdamW then trains from the initial params with each rate, and its final validation
+loss is compared with that of the best of the grid of training.py, geometric means over the seeds.
 
     python benchmarks/advice.py --help
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import time
@@ -27,21 +28,22 @@ from workloads import CHOOSING, REPORTING, load
 import grouped_newton as gn
 
 RESULTS = Path(__file__).parent / "results" / "advice.jsonl"
-STARTS = (0, 100)
+STARTS, SEEDS = (0, 100), (0, 1, 2)
 BATCHES = 100
 FIRST_RATE = 1e-3
 SWEEPS = {"range test, steepest": (1e-8, 1.0), "range test, valley": (1e-7, 10.0)}
 SUGGESTED, WITHOUT_TRIALS, CONSTANT = "suggested", "suggested, without trials", "always 0.01"
+METHODS = (SUGGESTED, WITHOUT_TRIALS, *SWEEPS, CONSTANT)
 
 
-def batches_of(workload, start, seed=0):
+def batches_of(workload, start, seed):
     """What training with that seed sees, from a step on."""
     key = lambda step: jax.random.split(jax.random.fold_in(jax.random.key(seed), step))[0]
     draw = jax.jit(workload.draw)
     return [draw(key(step), workload.train) for step in range(start, start + BATCHES)]
 
 
-def beginning(workload, start, seed=0):
+def beginning(workload, start, seed):
     """Params and Adam's state after some steps of AdamW at 1e-3."""
     tx = optax.adamw(FIRST_RATE)
     params = workload.init(jax.random.key(seed))
@@ -57,13 +59,13 @@ def beginning(workload, start, seed=0):
     return params, state[0]
 
 
-def suggest(workload, start):
+def suggest(workload, start, seed):
     """Rates by gn.suggest_learning_rates, and what they cost."""
-    params, state = beginning(workload, start)
+    params, state = beginning(workload, start, seed)
     begin = time.process_time()
     options = {"groups": gn.groups.single, "state": state if start else None, "progress": False}
     found = gn.suggest_learning_rates(
-        workload.loss, params, batches_of(workload, start), steps=workload.steps, **options
+        workload.loss, params, batches_of(workload, start, seed), steps=workload.steps, **options
     )
     return {
         "peak": found.peak,
@@ -91,12 +93,12 @@ def _range_step(loss):
     return tx, step
 
 
-def range_test(workload, start, low, high, smoothing=0.98):
+def range_test(workload, start, seed, low, high, smoothing=0.98):
     """Rates and smoothed losses of a run whose rate grows exponentially, until four times the least loss."""
-    params, _ = beginning(workload, start)
+    params, _ = beginning(workload, start, seed)
     tx, step = _range_step(workload.loss)
     state, average, rates, losses = tx.init(params), 0.0, [], []
-    for i, batch in enumerate(batches_of(workload, start)):
+    for i, batch in enumerate(batches_of(workload, start, seed)):
         rate = low * (high / low) ** (i / (BATCHES - 1))
         params, state, value = step(params, state, batch, jnp.asarray(rate, jnp.float32))
         average = smoothing * average + (1 - smoothing) * float(value)
@@ -115,96 +117,102 @@ def steepest(rates, losses):
 
 
 def valley(rates, losses):
-    """fastai's: the middle of the longest falling subsequence, without the first tenth and the last five."""
+    """fastai's: half way along the longest falling subsequence, without the first tenth and the last five."""
     rates, losses = rates[BATCHES // 10 : -5], losses[BATCHES // 10 : -5]
-    lengths, end, start = [1] * len(losses), 0, 0
-    for i in range(1, len(losses)):
-        for j in range(i):
-            if losses[i] < losses[j] and lengths[i] < lengths[j] + 1:
-                lengths[i] = lengths[j] + 1
-            if lengths[end] < lengths[i]:
-                end, start = i, i - lengths[i]
-    section = (end - start) / 3
-    return rates[start + int(section) + int(section / 2)]
+    lengths = []  # of the longest that ends at each loss
+    for loss in losses:
+        lengths.append(1 + max((n for n, before in zip(lengths, losses, strict=False) if before > loss), default=0))
+    longest = max(lengths)
+    third = longest / 3
+    return rates[lengths.index(longest) - longest + int(third) + int(third / 2)]
 
 
-def by_range_test(workload, start):
+def by_range_test(workload, start, seed):
     """Range-test name -> rate."""
     pick = {"range test, steepest": steepest, "range test, valley": valley}
-    return {name: pick[name](*range_test(workload, start, *SWEEPS[name])) for name in SWEEPS}
+    return {name: pick[name](*range_test(workload, start, seed, *SWEEPS[name])) for name in SWEEPS}
 
 
-def find(names, starts, path):
+def find(names, starts, seeds, path):
     """Suggests and tests what the file doesn't have yet."""
-    done = {(r["kind"], r["workload"], r["start"]) for r in training.read([path]) if "start" in r}
-    for start in starts:
-        for name in (bar := tqdm(names, disable=None)):
-            bar.set_description(f"{name}, start {start}")
-            for kind, method in (("suggest", suggest), ("range", by_range_test)):
-                if (kind, name, start) not in done:
-                    record = {"kind": kind, "workload": name, "start": start}
-                    append(path, record | method(load(name), start))
+    done = {(r["kind"], r["workload"], r["start"], r["seed"]) for r in training.read([path]) if "start" in r}
+    for name, start, seed in (bar := tqdm([*itertools.product(names, starts, seeds)], disable=None)):
+        bar.set_description(f"{name}, start {start}, seed {seed}")
+        for kind, method in (("suggest", suggest), ("range", by_range_test)):
+            if (kind, name, start, seed) not in done:
+                record = {"kind": kind, "workload": name, "start": start, "seed": seed}
+                append(path, record | method(load(name), start, seed))
 
 
 def rates_of(records):
-    """(method, start) -> workload -> peak."""
+    """(method, start) -> (workload, seed) -> rate."""
     rates = {}
-    for r in records:
-        if r["kind"] == "suggest":
-            rates.setdefault((SUGGESTED, r["start"]), {})[r["workload"]] = r["peak"]
-            rates.setdefault((WITHOUT_TRIALS, r["start"]), {})[r["workload"]] = r["edge"]
-            rates.setdefault((CONSTANT, r["start"]), {})[r["workload"]] = 0.01
-        if r["kind"] == "range":
-            for name in SWEEPS:
-                rates.setdefault((name, r["start"]), {})[r["workload"]] = r[name]
+    for r in (r for r in records if "start" in r):
+        found = {SUGGESTED: r["peak"], WITHOUT_TRIALS: r["edge"], CONSTANT: 0.01} if r["kind"] == "suggest" else r
+        for method in METHODS:
+            if method in found:
+                rates.setdefault((method, r["start"]), {})[r["workload"], r["seed"]] = found[method]
     return rates
 
 
+def train(names, methods, starts, seeds, path):
+    """Trains with the rates that were found, and with those of the grid that training.py has not trained with."""
+    records = training.read([path])
+    done = {(r["workload"], r["seed"], r["peak"]) for r in records if r["kind"] == "train"}
+    rates = rates_of(records)
+    wanted = [(name, seed, peak) for name, seed in itertools.product(names, seeds) for peak in training.RATES]
+    done |= {(name, seed, peak) for name in names for peak, losses in grid(name).items() for seed in losses}
+    for name, method, start, seed in itertools.product(names, methods, starts, seeds):
+        wanted.append((name, seed, rates.get((method, start), {}).get((name, seed))))
+    make = training.OPTIMIZERS[training.REFERENCE].make
+    jobs = [job for job in dict.fromkeys(wanted) if job not in done and job[2] is not None]
+    for name, seed, peak in tqdm(jobs, disable=None):
+        ends = training.run(load(name), make, {"peak": peak}, seed)["validation"]
+        append(path, {"kind": "train", "workload": name, "seed": seed, "peak": peak, "validation": [ends[0], ends[-1]]})
+
+
 @functools.cache
-def grid():
-    """Workload -> rate -> final validation loss of AdamW with warm-up and cosine, seed 0, the workload's own steps."""
+def grid(workload):
+    """Rate -> seed -> final validation loss, of training.py."""
     found = {}
     for r in training.read([training.RESULTS]):
-        if r["kind"] == "run" and (r["optimizer"], r["seed"], r["lengths"]) == (training.REFERENCE, 0, [1]):
-            found.setdefault(r["workload"], {})[r["hypers"]["peak"]] = training.final(r, 1)
+        if r["kind"] == "run" and (r["workload"], r["optimizer"], r["lengths"]) == (workload, training.REFERENCE, [1]):
+            found.setdefault(r["hypers"]["peak"], {})[r["seed"]] = training.final(r, 1)
     return found
 
 
-def interpolated(workload, rate):
-    """The final validation loss at a rate."""
-    rates, losses = zip(*sorted(grid()[workload].items()), strict=True)
-    return math.exp(np.interp(math.log(rate), np.log(rates), np.log(losses)))
-
-
-def train(names, methods, starts, path):
-    """Trains with the rates that were found, seed 0."""
-    records = training.read([path])
-    done = {(r["workload"], r["peak"]) for r in records if r["kind"] == "train"}
-    make = training.OPTIMIZERS[training.REFERENCE].make
-    jobs = [(n, rates[n]) for (m, s), rates in rates_of(records).items() if m in methods and s in starts for n in names]
-    for name, peak in tqdm([job for job in jobs if job not in done], disable=None):
-        run = training.run(load(name), make, {"peak": peak}, 0)
-        append(path, {"kind": "train", "workload": name, "peak": peak, "validation": run["validation"][-1]})
+def best_of_grid(workload, trained):
+    """Rate and loss of the best of the grid's rates, and the second best's loss: geometric means over the seeds."""
+    known = {(workload, seed, rate): loss for rate, losses in grid(workload).items() for seed, loss in losses.items()}
+    known = {key: ends[-1] for key, ends in trained.items()} | known
+    at = lambda rate: [known.get((workload, seed, rate)) for seed in SEEDS]
+    complete = {rate: training.geometric_mean(at(rate)) for rate in training.RATES if None not in at(rate)}
+    best, second = sorted(complete, key=complete.get)[:2]
+    return best, complete[best], complete[second]
 
 
 def table(records, start):
-    """One start in Markdown: per method the rate and, in brackets, the final validation loss over the grid's best."""
-    trained = {(r["workload"], r["peak"]): r["validation"] for r in records if r["kind"] == "train"}
+    """One start in Markdown: per method the rate and, in brackets, the final validation loss over the grid's best.
+
+    Rates and losses are geometric means over seeds; where training diverged the loss is that at its start.
+    """
+    trained = {(r["workload"], r["seed"], r["peak"]): r["validation"] for r in records if r["kind"] == "train"}
     methods = {method: rates for (method, at), rates in rates_of(records).items() if at == start}
-    order = [SUGGESTED, WITHOUT_TRIALS, *SWEEPS, CONSTANT]
-    lines = [training._row(["", "best of the grid", *order]), training._row(["---"] * (len(order) + 2))]
+    lines = [training._row(["", "best of the grid", *METHODS]), training._row(["---"] * (len(METHODS) + 2))]
     for purpose, names in (("choosing", CHOOSING), ("reporting", REPORTING)):
-        ratios = {method: [] for method in order}
-        for name in (n for n in names if n in methods.get(SUGGESTED, {})):
-            losses = sorted(grid()[name].values())
-            cells = [name, f"{min(grid()[name], key=grid()[name].get):g}"]
-            for method in order:
-                rate = methods[method].get(name)
-                loss = trained.get((name, rate))
-                mark = "" if loss is None else "*"
-                loss = interpolated(name, rate) if loss is None else loss
-                ratios[method].append((loss / losses[0], loss / losses[1]))
-                cells.append(f"{rate:.2g} ({loss / losses[0]:.2f}{mark})")
+        ratios = {method: [] for method in METHODS}
+        for name in names:
+            best, loss, second = best_of_grid(name, trained)
+            cells = [name, f"{best:g}"]
+            for method in METHODS:
+                rates = {seed: rate for (of, seed), rate in methods.get(method, {}).items() if of == name}
+                ends = [trained[name, seed, rate] for seed, rate in rates.items() if (name, seed, rate) in trained]
+                if not ends:
+                    cells.append("–")
+                    continue
+                reached = training.geometric_mean(begin if end is None else end for begin, end in ends)
+                ratios[method].append((reached / loss, reached / second))
+                cells.append(f"{training.geometric_mean(rates.values()):.2g} ({reached / loss:.2f})")
             lines.append(training._row(cells))
         figures = {
             "within 5 % of the best": lambda pairs: f"{sum(best <= 1.05 for best, _ in pairs)}/{len(pairs)}",
@@ -212,8 +220,8 @@ def table(records, start):
             "geometric mean of the ratio": lambda pairs: f"{training.geometric_mean(best for best, _ in pairs):.2f}",
         }
         for figure, of in figures.items():
-            if all(ratios.values()):
-                lines.append(training._row([f"**{purpose}**: {figure}", "", *(of(ratios[m]) for m in order)]))
+            cells = [of(ratios[method]) if ratios[method] else "–" for method in METHODS]
+            lines.append(training._row([f"**{purpose}**: {figure}", "", *cells]))
     return "\n".join(lines)
 
 
@@ -227,17 +235,19 @@ def append(path, record):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phases", nargs="*", metavar="PHASE", help="of find, train, report (default: find, report)")
+    parser.add_argument("phases", nargs="*", metavar="PHASE", help="of find, train, report (default: all)")
     parser.add_argument("--workloads", nargs="+", default=[*CHOOSING, *REPORTING], metavar="NAME")
     parser.add_argument("--starts", nargs="+", type=int, default=STARTS, metavar="N", help="(default: 0 100)")
-    parser.add_argument("--methods", nargs="+", default=[SUGGESTED], metavar="NAME", help="to train with")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME", help="to train with (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH", help=f"(default: {RESULTS.name})")
     arguments = parser.parse_args()
-    phases = arguments.phases or ["find", "report"]
+    phases = arguments.phases or ["find", "train", "report"]
+    where = arguments.starts, arguments.seeds, arguments.results
     if "find" in phases:
-        find(arguments.workloads, arguments.starts, arguments.results)
+        find(arguments.workloads, *where)
     if "train" in phases:
-        train(arguments.workloads, arguments.methods, arguments.starts, arguments.results)
+        train(arguments.workloads, arguments.methods, *where)
     if "report" in phases:
         for start in arguments.starts:
             print(f"\nstart: {start} steps\n\n{table(training.read([arguments.results]), start)}")

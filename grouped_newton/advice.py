@@ -3,10 +3,11 @@
   batches   b_0 ... b_(n-1)
   u_i       the direction of b_i's gradient at theta_i                    like the params
   s_i       the summary along u_i at theta_i of the loss on b_(i+1): gbar_i, hbar_i, |third_i|
-  c_i       |u_i^T (hess L) u_i|, the curvature along the whole direction: s_i / c_i is free of the loss's unit
+  c_i       |u_i^T (hess L) u_i|, the curvature along the whole direction, or what it is on the average where that
+            is larger: s_i / c_i is free of the loss's unit, and no batch without curvature outweighs the others
   edge      edge_rates of the mean of s_i / c_i
 
-A *walk* trains over the batches, theta_(i+1) = theta_i - edge u_i, the mean being over the last 30 steps: at the start
+A *walk* trains over the batches at greedy rates, edge_rates(1) of the mean over the last 30 steps: at the start
 curvatures are large and rates small, and a few dozen steps later they are what most of a run has. What is read off are
 the means over its second half. *Trials* then train over the same batches anew, at rates a factor of three apart around
 the edge; the loss of a trial is that of each batch before its step, over the last quarter of them.
@@ -164,8 +165,8 @@ def suggest_learning_rates(
     """The peak learning rates for your own optimizer: one for all parameters, and one a group.
 
     A short *walk* trains a copy of the params over the batches. Each step's direction u is measured on
-    the next batch, which it hasn't seen, and the walk's own rate is the edge rate of these
-    measurements::
+    the next batch, which it hasn't seen, and the walk's own rate is the greedy one of these measurements, the edge
+    rate without its factor::
 
       edge = factor * <grad L, u> / (u^T (hess L) u),  shortened by the third derivative
 
@@ -307,6 +308,7 @@ class _Walk(NamedTuple):
 
     theta: Any
     state: Any
+    size: jax.Array  # mean of |u_i^T (hess L) u_i|
     mean: Summary  # of s_i / c_i
     steps: jax.Array
     rate: jax.Array
@@ -320,7 +322,7 @@ def _measure(problem, state, batches, bar):
     read_at = {round(i) for i in np.linspace(half, len(pairs) - 1, _READINGS)} if S > 1 else ()
     number = jnp.zeros((), problem.dtype)
     begin = problem.direction.init(problem.theta) if state is None else state
-    walk = _Walk(problem.theta, begin, zero_summary(1, problem.dtype), number, number)
+    walk = _Walk(problem.theta, begin, number, zero_summary(1, problem.dtype), number, number)
     single, grouped = [], []
     for i, (batch, unseen) in enumerate(pairs):
         if i in read_at:
@@ -335,21 +337,22 @@ def _measure(problem, state, batches, bar):
 
 
 def _walk_on(problem, walk, batch, unseen):
-    """One step of the walk at its own rate, what was measured, and the loss and slope on the step's own batch."""
+    """One greedy step of the walk, what was measured, and the loss and slope on the step's own batch."""
     (value, grads), (u, state) = _direction(problem, walk, batch)
     summary = summarize(lambda theta: problem.loss(theta, unseen), walk.theta, u, _groups.single)
     summary = summary._replace(third=jnp.abs(summary.third))
-    unit = jnp.abs(summary.hbar[0, 0])
+    steps, curvature = jnp.minimum(walk.steps + 1, _MEMORY), jnp.abs(summary.hbar[0, 0])
+    size = walk.size + (curvature - walk.size) / steps
+    unit = jnp.maximum(curvature, size)
     unit = jnp.where(unit > 0, unit, 1)
-    steps = jnp.minimum(walk.steps + 1, _MEMORY)
     mean = jax.tree.map(lambda mean, x: mean + (x / unit - mean) / steps, walk.mean, summary)
-    rate = _bounded_change(edge_rates(problem.factor)(mean, 1.0).eta[0], walk.rate)
+    rate = _bounded_change(edge_rates(1.0)(mean, 1.0).eta[0], walk.rate)
     theta = _moved(walk.theta, rate, u)
     # Not taken where the loss rises by more than the model's own terms, or a walk may never come back.
     gross = model_error(summary, rate[None], problem.loss(theta, unseen)).gross
     theta = jax.tree.map(lambda before, after: jnp.where(gross, before, after), walk.theta, theta)
     rate = jnp.where(gross, rate / _CHANGE**2, rate)
-    return _Walk(theta, state, mean, steps, rate), summary, (value, optax.tree.vdot(grads, u))
+    return _Walk(theta, state, size, mean, steps, rate), summary, (value, optax.tree.vdot(grads, u))
 
 
 def _by_group(problem, walk, batch, unseen):
@@ -439,8 +442,9 @@ def _edges(means, factor):
 
 
 def _unit(summaries):
-    """c_i, (n,): the size of the curvature along the whole direction."""
+    """c_i, (n,): the size of the curvature along the whole direction, at least their median."""
     unit = np.abs(summaries.hbar.sum((1, 2)))
+    unit = np.maximum(unit, np.median(unit))
     return np.where(unit > 0, unit, 1)
 
 

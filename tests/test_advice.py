@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import grouped_newton as gn
-from grouped_newton.advice import _vertex
+from grouped_newton.advice import _edge, _vertex
 
 ONE = gn.groups.single
 SCALES = {"a": np.array([1.0, 4.0, 9.0]), "b": np.array([2.0, 5.0])}
@@ -53,11 +53,21 @@ def test_two_batches_of_a_quadratic_give_its_edge(double, batches):
 
 
 def test_a_step_off_a_cliff_is_not_taken():
-    """From 1 the edge of the parabola is at -0.8, behind the wall at -0.5: measured again from 1."""
-    cliff = lambda params, batch: jnp.sum(params["w"] ** 2 / 2 + 1e3 * jnp.maximum(-params["w"] - 0.5, 0) ** 2)
+    """From 1 the greedy step leads to 0, behind the wall at 0.2: measured again from 1."""
+    cliff = lambda params, batch: jnp.sum(params["w"] ** 2 / 2 + 1e3 * jnp.maximum(0.2 - params["w"], 0) ** 2)
     options = {"direction": optax.identity(), "trials": False, "progress": False}
     found = gn.suggest_learning_rates(cliff, {"w": jnp.ones(1)}, [0.0, 0.0, 0.0], groups=ONE, **options)
     assert math.isclose(found.edge, 1.8, rel_tol=1e-6)
+
+
+def test_a_batch_without_curvature_does_not_outweigh_the_others():
+    """Slopes a b, curvatures 1, 1 and 1e-6: over their own sizes the last batch's alone would count, and rise."""
+    slopes, curvatures = np.array([1.0, 1.0, -0.1]), np.array([1.0, 1.0, 1e-6])
+    n = len(slopes)
+    summaries = gn.Summary(np.ones(n), slopes[:, None], curvatures[:, None, None], np.zeros((n, 1)))
+    edge, draws = _edge(1.8, summaries)
+    assert math.isclose(edge[0], 1.8 * 1.9 / 2.000001, rel_tol=1e-5)
+    assert np.all(draws < 1e3)
 
 
 def test_a_group_whose_slope_is_lost_in_noise_has_the_single_rate():

