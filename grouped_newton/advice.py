@@ -75,7 +75,8 @@ class LearningRates:
       steps: length of the run that the rates are for; None, as for 3,000.
       gradients: how many were computed.
       summaries: how many were computed; one costs 1.5 to 3 gradients, and one by group as docs/cost.md says.
-      labels: the groups as a tree like the params; None where a leaf holds several, as stacked layers do.
+      labels: the groups as a tree like the params, where NNX has a variable a label; None where a leaf holds
+        several groups, as stacked layers do.
     """
 
     names: tuple[str, ...]
@@ -190,7 +191,8 @@ def suggest_learning_rates(
       groups: a grouping, see :mod:`grouped_newton.groups`; a group a module by default.
       direction: what your optimizer makes of gradients, neither negated nor scaled by a rate. Adam's by
         default, ``optax.scale_by_adam(b1=0.9, b2=0.999)``, which is AdamW's too.
-      state: of that direction, as training left it: ``opt_state[0]`` of ``optax.adamw``. None starts anew.
+      state: of that direction, as training left it: ``opt_state[0]`` of ``optax.adamw``, an NNX optimizer's
+        too, of all params or of those that aren't frozen. None starts anew.
       steps: the length of the run that is to come; by default, as for 3,000.
       factor: in (0, 2), of the edge rates: 1 is the greedy step, 2 the edge of stability.
       trials: whether to try the rates in short runs; without, the level is the edge's, and the cost half.
@@ -201,9 +203,9 @@ def suggest_learning_rates(
       A :class:`LearningRates`.
 
     Raises:
-      ValueError: if there are fewer than 2 batches, the loss isn't finite, the direction is negated, the
-        model has no minimum along it or the loss doesn't fall, the grouping doesn't fit, or ``factor``
-        or ``steps`` is out of range.
+      ValueError: if there are fewer than 2 batches or their structures differ, the loss isn't finite, the
+        direction is negated, the model has no minimum along it or the loss doesn't fall, the grouping or
+        ``state`` doesn't fit, or ``factor`` or ``steps`` is out of range.
       TypeError: if ``direction`` isn't a gradient transformation, or ``loss_fn`` doesn't return one number.
 
     Example:
@@ -216,14 +218,10 @@ def suggest_learning_rates(
       0.45
     """
     _check_options(steps, max_batches)
-    batches = list(itertools.islice(batches, max_batches))
-    if len(batches) < 2:
-        raise ValueError(
-            f"suggest_learning_rates takes at least 2 batches, better 50 to 100, got {len(batches)}; a direction is"
-            " measured on the batch after its own. For a loss without noise, [batch] * 50"
-        )
+    batches = _taken(batches, max_batches)
     problem = _problem(loss_fn, params, groups, direction, edge_rates(factor).factor)
-    with _bar(progress) as bar:
+    state = None if state is None else _fitting(state, problem, params)
+    with _bar(progress, len(batches), trials) as bar:
         measured = _measure(problem, state, batches, bar)
         tried, level = _try(problem, state, batches, measured.edge, bar) if trials else ({}, 1.0)
     scale = level * (1.0 if steps is None else (_OF_STEPS / steps) ** _POWER)
@@ -280,7 +278,7 @@ def _problem(loss_fn, params, groups, direction, factor):
     partition = _groups.resolve(groups, params)
     leaves, treedef = jax.tree.flatten(params)
     name_of = lambda g: _groups.FROZEN if g < 0 else partition.names[g]
-    labels = jax.tree.unflatten(treedef, [name_of(g) for g in partition.index])
+    labels = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_variable), [name_of(g) for g in partition.index])
     labels = None if any(partition.layers) else labels  # optax.partition has one transform a leaf
 
     def loss(theta, batch):
@@ -294,10 +292,51 @@ def _problem(loss_fn, params, groups, direction, factor):
     return _Problem(loss, theta, partition.names, labels, moving, dtype, direction, factor)
 
 
+def _is_variable(x):
+    """Whether an array is wrapped as NNX does, whose optimizer shows optax the variable at init and its array later."""
+    return [keys for keys, _ in jax.tree_util.tree_leaves_with_path(x)] == [(jax.tree_util.GetAttrKey("value"),)]
+
+
 def _check_options(steps, max_batches):
     for name, number in (("steps", steps), ("max_batches", max_batches)):
         if number is not None and not (number >= 1 and number == int(number)):
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+
+
+def _taken(batches, most):
+    """A list of the first batches, which have one structure; their shapes may differ."""
+    batches = list(itertools.islice(batches, most))
+    if len(batches) < 2:
+        raise ValueError(
+            f"suggest_learning_rates takes at least 2 batches, better 50 to 100, got {len(batches)}; a direction is"
+            " measured on the batch after its own. For a loss without noise, [batch] * 50"
+        )
+    first, *others = map(jax.tree.structure, batches)
+    for i, other in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(f"all batches must be alike, got {other} as batch {i} and {first} as batch 0")
+    return batches
+
+
+def _fitting(state, problem, params):
+    """The direction's state as its ``init`` makes it, by its leaves, which NNX wraps; one of all params is cut down."""
+    leaves = list(map(jnp.asarray, jax.tree.leaves(state)))
+    for theta in (problem.theta, params):
+        expected, treedef = jax.tree.flatten(jax.eval_shape(problem.direction.init, theta))
+        if [x.shape for x in leaves] != [x.shape for x in expected]:
+            continue
+        state = treedef.unflatten([x.astype(y.dtype) for x, y in zip(leaves, expected, strict=True)])
+        return state if theta is problem.theta else _without_frozen(state, problem)
+    raise ValueError(
+        f"state must be that of the direction at these params, {len(expected)} arrays of their shapes, got"
+        f" {len(leaves)} arrays; of a chain give the direction's part, as opt_state[0] of optax.adamw"
+    )
+
+
+def _without_frozen(state, problem):
+    is_frozen = lambda x: isinstance(x, optax.MaskedNode)
+    frozen = jax.tree.map(is_frozen, problem.theta, is_leaf=is_frozen)
+    return optax.tree.map_params(problem.direction, lambda x, f: optax.MaskedNode() if f else x, state, frozen)
 
 
 # The walk
@@ -383,7 +422,8 @@ def _bounded_change(rate, last):
 
 
 def _moved(theta, rate, u):
-    return optax.apply_updates(theta, optax.tree.scale(-rate, u))
+    with jax.numpy_dtype_promotion("standard"):  # strict rules let half precision meet nothing
+        return optax.apply_updates(theta, optax.tree.scale(-rate, u))
 
 
 # Reading
@@ -513,11 +553,21 @@ def _vertex(left, right):
     return 0.5 * (left - right) / (left + right)
 
 
-def _bar(progress):
-    """A progress bar, where tqdm is there."""
+@contextlib.contextmanager
+def _bar(progress, batches, trials):
+    """A progress bar, where tqdm is there: as long as a walk and three trials, and longer as they become more."""
+    bar = None
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
         if progress:
-            return tqdm(desc="measuring learning rates", unit=" batches", leave=False)
-    return contextlib.nullcontext(types.SimpleNamespace(update=lambda: None))
+            total = batches - 1 + 3 * batches * trials
+            bar = tqdm(desc="measuring learning rates", unit=" batches", total=total, leave=False)
+
+    def update():
+        if bar is not None:
+            bar.total += batches * (bar.n == bar.total)
+            bar.update()
+
+    with contextlib.nullcontext() if bar is None else bar:
+        yield types.SimpleNamespace(update=update)
