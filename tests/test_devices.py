@@ -252,6 +252,22 @@ def test_local_losses_give_the_summary_of_their_mean(x64, method, kind, averages
     assert_close_by_largest(on_every_device(local, kind, DATA, DIVIDED)(params, direction, x, y), expected, 1e4 * EPS64)
 
 
+def test_gauss_newton_of_local_batches_is_that_of_the_whole(x64):
+    params, direction, x, y = local_problem()
+
+    def summary(params, direction, x, y, axis_name=None):
+        model = lambda p: jnp.tanh(x @ p["a"] + p["b"][None]) @ p["d"]
+        loss = lambda outputs: jnp.mean((outputs - y) ** 4)
+        params, direction = ({k: tree[k] for k in "abd"} for tree in (params, direction))
+        return gn.gauss_newton_summary(model, loss, params, direction, axis_name=axis_name)
+
+    expected = jax.jit(summary)(params, direction, x, y)
+    for kind in ("tracked", "untracked", "pmap"):
+        local = functools.partial(summary, axis_name=DATA)
+        found = on_every_device(local, kind, DATA, DIVIDED)(params, direction, x, y)
+        assert_close_by_largest(found, expected, 1e4 * EPS64)
+
+
 def plain_loss(params, x, y):
     hidden = jnp.tanh(x @ params["a"] + params["b"][None])
     return jnp.mean((jnp.sin(hidden @ params["c"][0]) @ params["d"] - y) ** 2)

@@ -222,6 +222,21 @@ def test_value_fn_may_be_a_partial_a_jitted_function_or_a_bound_method():
 
 
 @pytest.mark.parametrize("make", [gn.scale_by_grouped_newton, gn.grouped_newton])
+def test_how_a_summary_is_computed_is_handed_on(make):
+    """Numbers are the same, programs aren't."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    loss = lambda p: jnp.sum(jnp.sin(p["a"] * p["b"]) * p["c"])
+
+    def program(**options):
+        tx = make(groups=gn.groups.per_tensor, **options)
+        return str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p, value_fn=loss)[1])(params))
+
+    plain = program()
+    assert program(method="sweep", max_stack=None) == plain
+    assert len({plain, program(method="nested"), program(max_stack=2)}) == 3
+
+
+@pytest.mark.parametrize("make", [gn.scale_by_grouped_newton, gn.grouped_newton])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
