@@ -126,7 +126,8 @@ class LearningRates:
             ax = plt.subplots(figsize=(6, height), layout="constrained")[1]
         plotting.plot_by_group(ax, self.rates, self.names, spread=[self.low, self.high])
         ax.axvline(float(self.peak), color="0.35", linestyle="--", linewidth=1, zorder=0, label="one rate for all")
-        ax.set_xlabel("learning rate")
+        low, high = ax.get_xlim()
+        ax.set(xlabel="learning rate", xlim=(min(low, self.peak / 1.2), max(high, self.peak * 1.2)))
         ax.legend(fontsize="small")
         return ax
 

@@ -252,6 +252,44 @@ def test_of_many_lines_the_outermost_are_named_and_the_others_fade(ax):
     assert [line.get_label() for line in lines if line.get_alpha() is None] == texts
 
 
+LONG = [f"transformer/encoder/layers/{i}/attention/query_key_value/kernel" for i in range(3)]
+
+
+def test_of_long_names_the_middle_is_left_out():
+    """The axes keep room, which a layout that fits them to their names wouldn't leave."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_by_group(left, [0.1, 0.2, 0.3], LONG[:1] + ["mlp/" + "up_projection/" * 4, "head"])
+    plot_hbar(right, np.eye(3), LONG[:1] + ["mlp/" + "up_projection/" * 4, "head"])
+    figure.canvas.draw()
+    short = [text.get_text() for text in left.get_yticklabels()]
+    assert short == [LONG[0][:10] + "\N{HORIZONTAL ELLIPSIS}" + LONG[0][-21:], short[1], "head"]
+    assert {len(text) for text in short} == {32, 4}
+    assert min(axes.get_position().width for axes in (left, right)) > 0.1
+
+
+def test_names_that_would_look_alike_are_written_out(ax):
+    alike = ["a" * 20 + str(i) + "b" * 40 for i in range(2)]
+    plot_by_group(ax, [0.1, 0.2], alike)
+    assert [text.get_text() for text in ax.get_yticklabels()] == alike
+    texts = label_lines(plot_rates(ax, [1, 2], np.array([[0.1, 0.2]] * 2), [LONG[0], "head"]))
+    assert {text.get_text() for text in texts} == {LONG[0][:10] + "\N{HORIZONTAL ELLIPSIS}" + LONG[0][-21:], "head"}
+
+
+def test_a_few_negative_numbers_take_no_more_than_their_room(ax):
+    plot_slopes(ax, [1, 2, 3], [3.0, 2.0, 1.0], [2.5, 1.0, -0.1])
+    assert -0.3 < ax.get_ylim()[0] < -0.1
+    assert min(ax.get_yticks()) == 0
+
+
+def test_marks_at_the_top_are_explained_above_the_axes(ax):
+    lines = plot_rates(ax, [1, 2], [[0.1], [0.2]], names(1), rejected=[True, False], spikes=[False, True])
+    label_lines(lines)
+    ax.figure.canvas.draw()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rejected refresh", "spike in the loss"]
+    assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1 - 1
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -11,6 +11,7 @@ BLUE, ORANGE, GREEN = DISTINCT[:3]
 SMALL_TABLE = 12  # groups of which every one can be told by its line, or its number be read
 _DASHES = ("-", "--", ":", "-.")
 SMALLEST = 5.0  # points
+LONGEST = 32  # letters of a name
 
 
 def check_axes(ax):
@@ -52,10 +53,18 @@ def font_points(size):
 
 def name_ticks(axis, names, room, **text):
     """Puts the names at 0, 1, ... on an axis, in letters that fit ``room`` points a name; if need be every k-th."""
+    names = shortened(names)
     size = min(0.9 * room, font_points(mpl.rcParams["ytick.labelsize"]))
     every = max(1, int(np.ceil(SMALLEST / max(0.9 * room, 1e-3))))
     axis.set_ticks(range(0, len(names), every), names[::every], fontsize=max(size, SMALLEST), **text)
     axis.set_tick_params(length=0)
+
+
+def shortened(names):
+    """Names without the middle of those that are long, or all as they are where two would look alike."""
+    head, tail = LONGEST // 3, LONGEST - LONGEST // 3 - 1
+    short = [x if len(x) <= LONGEST else f"{x[:head]}\N{HORIZONTAL ELLIPSIS}{x[-tail:]}" for x in map(str, names)]
+    return short if len(set(short)) == len(set(names)) else list(names)
 
 
 def finite(*arrays):
@@ -109,4 +118,5 @@ def _signed_ticks(values, below, most):
     low, high = np.ceil(np.log10(below)), np.floor(np.log10(np.abs(values).max(initial=below)))
     powers = 10.0 ** np.arange(high, low - 1, -max(1, np.ceil((high - low + 1) / most)))
     powers = powers if powers.size else np.array([below])
-    return [*(-powers if np.any(values < 0) else ()), 0.0, *(powers[::-1] if np.any(values > 0) else ())]
+    side = lambda values: powers[powers <= values.max(initial=0)]  # a tick beyond them would widen the axis
+    return [*-side(-values), 0.0, *side(values)[::-1]]

@@ -25,7 +25,7 @@ def plot_by_group(ax: Axes, values: Any, names: Sequence[str], *, spread: Any = 
     """Draws one number a group as a dot beside the group's name, the first group on top.
 
     The axis is logarithmic, and goes both ways from zero where some numbers are
-    negative: those are orange, with a line from zero to each dot. On an axis without
+    negative: those are orange, and without ``spread`` a line goes from zero to each dot. On an axis without
     zero a triangle at its left end stands for a number that is zero; a cross
     for one that isn't finite.
 
@@ -63,7 +63,8 @@ def plot_by_group(ax: Axes, values: Any, names: Sequence[str], *, spread: Any = 
     if np.any(numbers < 0):
         drawn = values
         axes.signed_log_axis(ax.xaxis, numbers)
-        ax.hlines(rows, 0, np.nan_to_num(drawn, posinf=0, neginf=0), color=_sign_colours(values), linewidth=1.2)
+        if not len(spread):
+            ax.hlines(rows, 0, np.nan_to_num(drawn, posinf=0, neginf=0), color=_sign_colours(values), linewidth=1.2)
     else:
         axes.log_axis(ax.xaxis, numbers)
         left, right = axes.limits(numbers, room=0.1 if np.all(numbers > 0) else 0.2)

@@ -178,7 +178,7 @@ def plot_slopes(ax: Axes, steps: Any, own: Any, unseen: Any) -> tuple[Line2D, Li
         axes.log_axis(ax.yaxis, numbers)
     else:
         axes.signed_log_axis(ax.yaxis, numbers, share=0.5)
-    ax.set(xlabel="step", ylabel="slope")
+    ax.set(xlabel="step", ylabel="slope (loss per rate)")
     return first, second
 
 
@@ -227,7 +227,7 @@ def plot_decrease(ax: Axes, predicted: Any, actual: Any, *, steps: Any = None) -
         for axis in (ax.xaxis, ax.yaxis):
             axes.log_axis(axis, numbers)
         ends = axes.limits(numbers, room=0.08)
-    ax.set(xlim=ends, ylim=ends, xlabel="predicted decrease", ylabel="actual decrease")
+    ax.set(xlim=ends, ylim=ends, xlabel="predicted decrease of the loss", ylabel="actual decrease of the loss")
     least = np.abs(numbers[numbers != 0]).min(initial=ends[1]) / 10
     line = np.geomspace(least, max(map(abs, ends)), 200)
     line = np.concatenate([-line[::-1], line]) if ends[0] < 0 else line
@@ -242,7 +242,7 @@ def label_lines(lines: Sequence[Line2D]) -> list[Annotation]:
     """Writes the names of lines beside their right ends, in their colours, instead of a legend.
 
     Up to twelve lines are all named, the names moved apart where ends are close. Of more, as many as have room,
-    the topmost and the lowest first; the others fade. Call it when all is drawn, on a figure with
+    the topmost and the lowest first; the others fade. What marks at the top mean stands above the axes. Call it when all is drawn, on a figure with
     ``layout="constrained"`` or with room on the right.
 
     Args:
@@ -269,14 +269,18 @@ def label_lines(lines: Sequence[Line2D]) -> list[Annotation]:
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = np.array([to_axes.transform(end)[1] for _, end in ends])
     chosen = range(len(ends)) if len(ends) <= axes.SMALL_TABLE else _far_apart(heights, gap)
-    texts = []
+    texts, names = [], axes.shortened([line.get_label() for line, _ in ends])
     for i, height in zip(chosen, _moved_apart(heights[list(chosen)], gap), strict=True):
         line, end = ends[i]
         leader = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
         at = {"xytext": (1.03, height), "textcoords": ax.transAxes, "va": "center", "annotation_clip": False}
-        texts.append(ax.annotate(line.get_label(), end, color=line.get_color(), size=size, arrowprops=leader, **at))
+        texts.append(ax.annotate(names[i], end, color=line.get_color(), size=size, arrowprops=leader, **at))
     for i in set(range(len(ends))) - set(chosen):
         ends[i][0].set_alpha(0.35)
+    marks = [x for x in ax.get_lines() if x.get_linestyle() == "None" and not x.get_label().startswith("_")]
+    if marks:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "borderpad": 0.2}
+        ax.legend(handles=marks, ncols=len(marks), frameon=False, fontsize=size, handletextpad=0, **place)
     return texts
 
 

@@ -351,6 +351,26 @@ def test_adjoints_of_half_precision_add_up_in_single(loop):
     assert got.third.tolist() == [-3 * 1.25]
 
 
+def test_slopes_through_half_precision_in_a_loops_body_are_as_near_as_a_gradients():
+    """By tangents, as nothing outside is half; along what is orthogonal to the gradient, where errors stand alone."""
+    weights, x = normal(3, 8, 8) / 3, normal(4, 8)
+
+    def loss(w, dtype=jnp.bfloat16):
+        layer = lambda h, w: (h + jnp.tanh(h.astype(dtype) @ w.astype(dtype)).astype(h.dtype), None)
+        return jnp.mean(jnp.cos(lax.scan(layer, x, w)[0]))
+
+    @jax.jit
+    def slopes(w):
+        exact = jax.grad(lambda w: loss(w, jnp.float32))(w)
+        u = weights[::-1] - jnp.vdot(weights[::-1], exact) / jnp.vdot(exact, exact) * exact
+        size = jnp.linalg.norm(u) * jnp.linalg.norm(exact)
+        found = gn.summarize(loss, w, u, gn.groups.single).gbar[0], jnp.vdot(jax.grad(loss)(w), u)
+        return jnp.stack([slope / size for slope in found])
+
+    by_tangents, by_gradient = np.abs(slopes(weights))
+    assert 0 < max(by_tangents, by_gradient) < float(jnp.finfo(jnp.bfloat16).eps) / 8
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_contractions_of_half_precision_add_up_in_single(dtype):
     n = 10_007  # not representable in either, and a running sum in bfloat16 would stop at 256
