@@ -47,6 +47,10 @@ HOLDERS = {
     "injected": lambda tx: optax.inject_hyperparams(lambda learning_rate: optax.chain(tx, optax.sgd(learning_rate)))(
         0.1
     ),
+    "the optimizer, injected": lambda tx: optax.inject_hyperparams(
+        gn.grouped_newton, static_args=("groups", "rates", "refresh_every", "internal_damping")
+    )(0.1, gn.groups.per_tensor),
+    "a partition": lambda tx: optax.partition({"ours": tx}, lambda params: jax.tree.map(lambda _: "ours", params)),
     "the state alone": lambda tx: tx,
 }
 
@@ -55,6 +59,29 @@ HOLDERS = {
 def test_the_state_is_found_at_any_depth(holder):
     state = HOLDERS[holder](gn.scale_by_grouped_newton()).init(PARAMS)
     assert set(gn.metrics(state, ["a", "b"])) == OURS | {"rate/a", "rate/b"}
+
+
+def test_a_scan_over_steps_gives_the_metrics_of_each():
+    """With wrappers around; a refresh takes place every second step."""
+    ours = gn.scale_by_grouped_newton(rates=gn.edge_rates(0.5), refresh_every=2)
+    chain = lambda learning_rate: optax.chain(ours, optax.scale_by_learning_rate(learning_rate))
+    tx = optax.inject_hyperparams(chain)(0.5)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+            return (optax.apply_updates(params, updates), state), gn.metrics(state, ["a", "b"], learning_rate=0.5)
+
+        (_, state), found = jax.lax.scan(step, (params, tx.init(params)), length=4)
+        return found, gn.metrics(state, ["a", "b"], learning_rate=0.5)
+
+    found, last = train(PARAMS)
+    assert {x.shape for x in found.values()} == {(4,)}
+    assert found["refreshes"].tolist() == [1, 1, 2, 2]
+    assert found["loss"][0] == loss(PARAMS) > found["loss"][2]
+    assert {name: x[-1] for name, x in found.items()} == last
 
 
 def test_the_state_is_found_in_an_nnx_optimizer():

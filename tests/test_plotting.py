@@ -259,8 +259,9 @@ def test_of_long_names_the_middle_is_left_out():
     """The axes keep room, which a layout that fits them to their names wouldn't leave."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    plot_by_group(left, [0.1, 0.2, 0.3], LONG[:1] + ["mlp/" + "up_projection/" * 4, "head"])
-    plot_hbar(right, np.eye(3), LONG[:1] + ["mlp/" + "up_projection/" * 4, "head"])
+    three = [LONG[0], "mlp/" + "up_projection/" * 4, "head"]
+    plot_by_group(left, [0.1, 0.2, 0.3], three)
+    plot_hbar(right, np.eye(3), three)
     figure.canvas.draw()
     short = [text.get_text() for text in left.get_yticklabels()]
     assert short == [LONG[0][:10] + "\N{HORIZONTAL ELLIPSIS}" + LONG[0][-21:], short[1], "head"]
@@ -269,9 +270,11 @@ def test_of_long_names_the_middle_is_left_out():
 
 
 def test_names_that_would_look_alike_are_written_out(ax):
-    alike = ["a" * 20 + str(i) + "b" * 40 for i in range(2)]
+    alike = ["a" * 30 + str(i) + "b" * 60 for i in range(2)]
     plot_by_group(ax, [0.1, 0.2], alike)
     assert [text.get_text() for text in ax.get_yticklabels()] == alike
+    plot_by_group(ax, [0.1, 0.2, 0.3], LONG)  # the number of the layer is in the middle
+    assert ["layers/" + str(i) in text.get_text() for i, text in enumerate(ax.get_yticklabels())] == [True] * 3
     texts = label_lines(plot_rates(ax, [1, 2], np.array([[0.1, 0.2]] * 2), [LONG[0], "head"]))
     assert {text.get_text() for text in texts} == {LONG[0][:10] + "\N{HORIZONTAL ELLIPSIS}" + LONG[0][-21:], "head"}
 

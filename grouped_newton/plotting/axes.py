@@ -61,10 +61,14 @@ def name_ticks(axis, names, room, **text):
 
 
 def shortened(names):
-    """Names without the middle of those that are long, or all as they are where two would look alike."""
-    head, tail = LONGEST // 3, LONGEST - LONGEST // 3 - 1
-    short = [x if len(x) <= LONGEST else f"{x[:head]}\N{HORIZONTAL ELLIPSIS}{x[-tail:]}" for x in map(str, names)]
-    return short if len(set(short)) == len(set(names)) else list(names)
+    """Names without the middle of those that are long, so long that no two look alike."""
+    names = list(map(str, names))
+    for longest in (LONGEST, 2 * LONGEST):
+        head, tail = longest // 3, longest - longest // 3 - 1
+        short = [x if len(x) <= longest else f"{x[:head]}\N{HORIZONTAL ELLIPSIS}{x[-tail:]}" for x in names]
+        if len(set(short)) == len(set(names)):
+            return short
+    return names
 
 
 def finite(*arrays):

@@ -242,8 +242,8 @@ def label_lines(lines: Sequence[Line2D]) -> list[Annotation]:
     """Writes the names of lines beside their right ends, in their colours, instead of a legend.
 
     Up to twelve lines are all named, the names moved apart where ends are close. Of more, as many as have room,
-    the topmost and the lowest first; the others fade. What marks at the top mean stands above the axes. Call it when all is drawn, on a figure with
-    ``layout="constrained"`` or with room on the right.
+    the topmost and the lowest first; the others fade. What marks at the top mean stands above the axes. Call it
+    when all is drawn, on a figure with ``layout="constrained"`` or with room on the right.
 
     Args:
       lines: lines on one Axes with labels, as :func:`plot_rates` returns them.

@@ -77,6 +77,14 @@ def test_half_precision_is_contracted_in_float32():
     assert (gbar.tolist(), hbar.tolist()) == ([n * 561 / 512], [[n * 289 / 256]])
 
 
+def test_the_first_order_alone_of_all_that_is_not_frozen():
+    params = {"a": jnp.array(2.0), "b": jnp.array(3.0), "ids": jnp.array(4)}
+    loss = lambda p: p["a"] ** 2 * p["b"] * p["ids"]
+    groups = {"a": "a", "b": gn.groups.FROZEN, "ids": gn.groups.FROZEN}
+    (slopes,) = gn.derivative_tensors(loss, params, params, groups, order=1)
+    assert slopes.tolist() == [2 * 2 * 2 * 3 * 4]
+
+
 @pytest.mark.parametrize("order", [0, -1, 2.0, True, "3"])
 def test_an_order_out_of_range_is_an_error(order):
     with pytest.raises(ValueError, match="order must be an integer of at least 1, got"):
