@@ -217,6 +217,11 @@ def suggest_learning_rates(
       >>> suggested = suggest_learning_rates(loss, params, [1.0, 1.0], **sgd)
       >>> round(suggested.peak, 4)  # 1.8 over the curvature, 4
       0.45
+
+    References:
+      Pierre Wolinski, Adapting Newton's Method to Neural Networks through a Summary of Higher-Order
+      Derivatives, arXiv 2312.03885, for the summaries; trials instead of the range test of Leslie N. Smith,
+      Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186.
     """
     _check_options(steps, max_batches)
     batches = _taken(batches, max_batches)

@@ -106,11 +106,15 @@ def _moved(x, e, along):
 def diagonal(summary: Summary) -> Summary:
     """A summary without curvature between groups: each group as if it moved alone.
 
+    ::
+
+      hbar_st  ->  hbar_ss where s = t, 0 elsewhere
+
     Args:
-      summary: a :class:`Summary`.
+      summary: a :class:`Summary` of S groups.
 
     Returns:
-      The same with zeros in ``hbar`` off its diagonal.
+      The same with zeros in ``hbar``, (S, S), off its diagonal.
 
     Example:
       >>> import jax.numpy as jnp
