@@ -45,7 +45,7 @@ _MEMORY = 30  # steps that the walk averages over
 _CHANGE = 3  # the most by which its rate grows or falls in a step
 _READINGS = 12  # summaries by group
 _SPACING = 3.0  # between the rates of trials
-_FARTHEST = 3  # from the edge, in spacings
+_FARTHEST = 4  # from the edge, in spacings
 _WARMUP = 10  # steps of a trial
 _DRAWS = 200  # with replacement, of the batches behind a mean
 _LOW, _HIGH = 0.1, 0.9  # quantiles of the draws
@@ -147,6 +147,9 @@ class LearningRates:
             f"largest decrease in a step by the model: {single:.2g}{both}",
             f"standard error of the slope: {100 * self.slope_error:.0f} %",
         ]
+        tried = sorted(self.trials)
+        if tried and min(tried, key=self.trials.get) in (tried[0], tried[-1]):
+            lines.append("the best trial is at the end of those made: the best rates may lie beyond")
         return "\n".join(lines)
 
 
@@ -377,8 +380,12 @@ def _measure(problem, state, batches, bar):
             _check_first(float(own[0]), float(own[1]), fresh=state is None)
         single.append(summary)
         bar.update()
-    single = _stacked(single[half:])
-    return _read(problem, single, _stacked(grouped) if S > 1 else single)
+    single = _stacked(single)
+    grouped = _stacked(grouped) if S > 1 else None
+    _check_finite(single, range(len(pairs)))
+    if grouped is not None:
+        _check_finite(grouped, sorted(read_at))
+    return _read(problem, jax.tree.map(lambda x: x[half:], single), grouped)
 
 
 def _walk_on(problem, walk, batch, unseen):
@@ -422,6 +429,17 @@ def _check_first(value, slope, fresh):
         )
 
 
+def _check_finite(summaries, steps):
+    """Raises a ValueError that names the first batches with a loss or derivatives that aren't finite."""
+    finite = np.all([np.isfinite(x.reshape(len(x), -1)).all(1) for x in summaries], axis=0)
+    if not finite.all():
+        i = steps[int(np.argmin(finite))]
+        raise ValueError(
+            f"the loss or its derivatives aren't finite on batches {i} and {i + 1} (from 0), after {i} steps of a short"
+            " training at greedy rates; leave bad batches out, or pass fewer"
+        )
+
+
 def _bounded_change(rate, last):
     """The rate, at most a factor away from the last one; 0 where the rule has none is a fall by that factor."""
     return jnp.where(last > 0, jnp.clip(rate, last / _CHANGE, last * _CHANGE), rate)
@@ -436,14 +454,9 @@ def _moved(theta, rate, u):
 
 
 def _read(problem, single, grouped):
-    """The edge rates, with one group and with all, of summaries with a leading axis of batches."""
-    if not all(np.isfinite(x).all() for x in (*single, *grouped)):
-        raise ValueError(
-            "the loss or its derivatives aren't finite in the second half of a short training at the edge rates; fewer"
-            " batches, or a factor below 1.8, make it shorter or slower"
-        )
+    """The edge rates of summaries with a leading axis of batches: with one group, and with all unless there is one."""
     edge, edge_draws = _edge(problem.factor, single)
-    rates, draws = (edge, edge_draws) if grouped is single else _edge(problem.factor, grouped)
+    rates, draws = (edge, edge_draws) if grouped is None else _edge(problem.factor, grouped)
     rates = np.where(np.quantile(draws, _LOW, axis=0) > 0, rates, edge)  # a rate of 0 would freeze a group for noise
     if edge[0] == 0:
         slope, curvature = single.gbar.mean(), single.hbar.mean()
@@ -451,8 +464,9 @@ def _read(problem, single, grouped):
             f"no rate was found: the loss doesn't fall along the direction (mean slope {slope:.3g}) or its model has no"
             f" minimum there (mean curvature {curvature:.3g}). Training may have converged, or the direction is negated"
         )
-    unit = _unit(grouped)
-    size, mean = float(np.exp(np.log(unit).mean())), _mean(_scaled(grouped, unit))
+    readings = single if grouped is None else grouped
+    unit = _unit(readings)
+    size, mean = float(np.exp(np.log(unit).mean())), _mean(_scaled(readings, unit))
 
     def fall(eta):
         """The most by which the quadratic model falls in a step with multiples of these rates."""
@@ -468,7 +482,7 @@ def _read(problem, single, grouped):
         draws=draws,
         decrease=(fall(np.full(len(rates), edge[0])), fall(rates)),
         slope_error=float(error),
-        readings=len(grouped.loss) if len(problem.names) > 1 else 0,
+        readings=0 if grouped is None else len(grouped.loss),
     )
 
 

@@ -70,6 +70,20 @@ def test_a_batch_without_curvature_does_not_outweigh_the_others():
     assert np.all(draws < 1e3)
 
 
+def test_the_batches_whose_numbers_are_not_finite_are_named():
+    bad = [0.0, math.nan, *8 * [0.0]]
+    with pytest.raises(ValueError, match=r"aren't finite on batches 0 and 1 \(from 0\), after 0 steps"):
+        suggest(batches=bad)
+    with pytest.raises(ValueError, match="finite on batches 7 and 8"):
+        suggest(batches=bad[::-1])
+
+
+def test_a_best_trial_at_the_end_is_said_to_be_there():
+    found = suggest(trials=True)
+    beyond = dataclasses.replace(found, trials={0.1: 2.0, 0.3: 3.0})
+    assert ("may lie beyond" in str(found), "may lie beyond" in str(beyond)) == (False, True)
+
+
 def test_a_group_whose_slope_is_lost_in_noise_has_the_single_rate():
     """On the second batch the loss rises along the direction of b; along that of a it is 1.8 over the curvature."""
     loss = lambda params, batch: quadratic({"a": params["a"]}, 0.0) + quadratic({"b": params["b"]}, batch)
