@@ -21,6 +21,7 @@ from pathlib import Path
 import advice
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import training
 from tqdm import tqdm
@@ -186,24 +187,28 @@ def ratios(records):
 
 
 def losses(records):
-    """Final validation losses, means over seeds, and the share of the steps to the best of one rate's."""
+    """Final validation losses, geometric means over seeds, and the shares of the steps to two of the best single rate.
+
+    The first share is to its final loss, the second to that after half of its steps, where less is overfitted.
+    """
     runs = {}
     for r in records:
         if r["kind"] == "train":
             runs.setdefault((r["method"], r["multiple"]), []).append(r)
     curves = {key: training.mean_curve([r | {"lengths": [1]} for r in found], 1) for key, found in runs.items()}
     final = {key: float(losses[-1]) for key, (_, losses) in curves.items()}
-    target = min((loss for (method, _), loss in final.items() if method == ONE), default=0)
     multiples = sorted(MULTIPLES)
-    head = ["", *(f"{x:g} times" for x in multiples), "share of steps"]
+    best_of = lambda method: min((m for m in final if m[0] == method), key=final.get)
+    at, reference = curves[best_of(ONE)]
+    targets = reference[-1], np.interp(0.5, at, reference)
+    head = ["", *(f"{x:g} times" for x in multiples), "share to its end", "share to its middle"]
     lines = [training._row(head), training._row(["---"] * len(head))]
     for method in METHODS:
         tried = [x for x in multiples if (method, x) in final]
         if tried:
-            best = min(tried, key=lambda x: final[method, x])
-            share = training.share_until(*curves[method, best], target)
+            shares = [training.share_until(*curves[best_of(method)], target) for target in targets]
             cells = [f"{final[method, x]:.4g} ({len(runs[method, x])})" if x in tried else "–" for x in multiples]
-            lines.append(training._row([method, *cells, f"{share:.2f}"]))
+            lines.append(training._row([method, *cells, *(f"{share:.2f}" for share in shares)]))
     return "\n".join(lines)
 
 
