@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import grouped_newton as gn
 from grouped_newton import groups
+from grouped_newton.derivatives import layered
 from grouped_newton.derivatives.jaxprs import equations
 
 L, D = 3, 4
@@ -89,10 +90,30 @@ def outputs_and_penalty_looped(x, layers):
     return between + looped(x, layers[::-1]) + layer(x, layers[-1]) + penalty
 
 
+def kept_apart(x, blocks):
+    """Weights divided by their norms before the scan, biases by a product within the layer, and a penalty."""
+    norms = jnp.sqrt(jnp.sum(blocks["w"] ** 2, (1, 2)) + 1)
+    biases = blocks["b"] + jax.vmap(lambda w, b: jnp.tanh(w @ b))(blocks["w"], blocks["b"])
+    x = scanned(x, {"w": blocks["w"] / norms[:, None, None], "b": biases})
+    met = jnp.sum(jnp.sum(blocks["b"] ** 2 * blocks["w"][:, 0], 0) ** 2)
+    return x + jnp.sum(jnp.tanh(blocks["w"]) ** 2) + jnp.mean(jnp.log1p(norms**2)) + met
+
+
+def kept_apart_looped(x, layers):
+    norms = [jnp.sqrt(jnp.sum(own["w"] ** 2) + 1) for own in layers]
+    biases = [own["b"] + jnp.tanh(own["w"] @ own["b"]) for own in layers]
+    pairs = zip(layers, norms, biases, strict=True)
+    x = looped(x, [{"w": own["w"] / norm, "b": b} for own, norm, b in pairs])
+    met = jnp.sum(sum(own["b"] ** 2 * own["w"][0] for own in layers) ** 2)
+    penalty = sum(jnp.sum(jnp.tanh(own["w"]) ** 2) for own in layers)
+    return x + penalty + sum(jnp.log1p(norm**2) for norm in norms) / L + met
+
+
 MODELS = {
     "scan": (scanned, looped),
     "twice": (twice, lambda x, layers: looped(looped(x, layers), layers[::-1])),
     "outputs and penalty": (outputs_and_penalty, outputs_and_penalty_looped),
+    "kept apart": (kept_apart, kept_apart_looped),
 }
 
 
@@ -197,14 +218,73 @@ def test_a_layer_costs_one_tangent_of_its_weights(dtype):
 
     def loss(blocks):
         blocks = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), -1, 0), blocks)
+        penalty = sum(jnp.sum(jnp.tanh(x.astype(jnp.float32)) ** 2) for x in blocks.values())
+        norms = jnp.sqrt(1 + jnp.sum(blocks["b"] * jnp.einsum("lij,lj->li", blocks["w"], blocks["b"]), -1))
+        blocks["w"] = blocks["w"] * (1 / norms)[:, None, None]
         x = scanned(jnp.ones((1, 5), dtype), jax.tree.map(lambda x: x[1:], blocks), step)
-        return jnp.mean(step(x, jax.tree.map(lambda x: x[0], blocks)).astype(jnp.float32) ** 2)
+        return penalty + jnp.mean(step(x, jax.tree.map(lambda x: x[0], blocks)).astype(jnp.float32) ** 2)
 
     params = {"w": jnp.ones((5, 5, 7)), "b": jnp.ones((5, 7))}
     grouping = groups.stacked("", axis=-1)
     closed = jax.make_jaxpr(lambda p: gn.summarize(loss, p, p, grouping))(params)
     sizes = [v.aval.size for eqn in equations(closed.jaxpr) for v in (*eqn.invars, *eqn.outvars)]
     assert max(sizes) == params["w"].size
+
+
+# A scan in pieces
+
+
+def sides(n, reverse=False):
+    """The same loss of n layers of two numbers, by a scan with other xs and outputs, and by a loop."""
+    given = normal(92, n, 2)
+
+    def step(x, own):
+        w, c = own
+        return x * (1 + c) + jnp.tanh(x * w), c * x + w**2
+
+    def of_stack(w):
+        x, ys = lax.scan(jax.checkpoint(step), jnp.ones(2), (w, given), reverse=reverse)
+        return jnp.sum(jnp.sin(x)) + jnp.sum(given * ys**2)
+
+    def of_list(layers):
+        x, total = jnp.ones(2), 0.0
+        for k in reversed(range(n)) if reverse else range(n):
+            x, y = step(x, (layers[k], given[k]))
+            total += jnp.sum(given[k] * y**2)
+        return jnp.sum(jnp.sin(x)) + total
+
+    return of_stack, of_list
+
+
+@pytest.mark.parametrize(
+    ("n", "reverse", "max_stack"), [(1, False, None), (2, True, None), (5, False, None), (8, False, 4), (9, True, None)]
+)
+def test_a_scan_in_pieces_is_the_loop(x64, monkeypatch, n, reverse, max_stack):
+    # Eight groups in pairs of pairs: there are pieces without a group of the pass, before those with one and after.
+    monkeypatch.setattr(layered, "_WORTH", 1)
+    of_stack, of_list = sides(n, reverse)
+    grouping = groups.stacked("")
+
+    @jax.jit
+    def both(w, u):
+        listed = gn.summarize(of_list, list(w), list(u), groups.per_tensor)
+        return gn.summarize(of_stack, w, u, grouping, max_stack=max_stack), listed
+
+    assert_same_summary(*both(normal(1, n, 2), normal(2, n, 2)), 32 * EPS)
+
+
+def test_no_piece_of_a_scan_carries_what_comes_in_after_it():
+    def carried(batch, n=9):
+        params = {"w": jnp.ones((n, 64, 64)), "b": jnp.ones((n, 64))}
+        loss = lambda p: jnp.sum(scanned(jnp.ones((batch, 64)), p))
+        closed = jax.make_jaxpr(lambda p: gn.summarize(loss, p, p, groups.stacked("")))(params)
+        scans = [eqn for eqn in equations(closed.jaxpr) if eqn.primitive.name == "scan"]
+        rows = lambda eqn: max(v.aval.shape[0] for v in eqn.outvars if v.aval.shape[1:] == (batch, 64))
+        return [(eqn.params["length"], rows(eqn)) for eqn in scans[2:]]
+
+    assert carried(8) == [(9, 9)]
+    assert carried(512) == [(4, 4), (5, 9)]
+    assert carried(1024) == [(2, 2), (2, 4), (2, 6), (3, 9)]
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ from jax import lax
 
 from grouped_newton import sharding
 from grouped_newton.derivatives.jaxprs import evaluate, named_in_errors, read
-from grouped_newton.derivatives.layered import Steps, fit_for, moved, reached, steps_first
+from grouped_newton.derivatives.layered import Steps, by_layer, fit_for, joined, pieces, reached, steps_first, steps_of
 from grouped_newton.derivatives.program import Program
 from grouped_newton.derivatives.rules import bilinear, general, linear, named_values, restricted, unary
 from grouped_newton.derivatives.stacks import Layered, Stack, in_room, spread_or_zero, wide, with_room, within
@@ -78,13 +78,17 @@ def tangent(program, env, ct, first, second, sums, order):
     reach = {v: reached(x) for v, x in first.items()}
     for node in program.nodes:
         x1, x2 = [first.get(v) for v in node.active], [second.get(v) for v in node.active]
-        if isinstance(x1[0], Layered):
-            keeps, z1 = moved(node, env, x1[0])
-            if keeps:
-                if z1 is not None:
-                    first[node.outs[0]], reach[node.outs[0]] = z1, reached(z1)
+        if any(isinstance(x, Layered) for x in x1):
+            if node.kind == "unary":
+                _unary_derivatives(program, node, env, order)
+            with named_in_errors(node.eqns):
+                outs = by_layer(node, env, ct, x1, x2, sums, order)
+            if outs is not None:
+                for found, (z,) in zip((first, second), outs, strict=True):
+                    if z is not None:
+                        found[node.outs[0]], reach[node.outs[0]] = z, reached(z)
                 continue
-        x1 = fit_for(node, x1)
+        x1, x2 = fit_for(node, x1, x2)
         if all(x is None for x in x1):
             continue
         slots = tuple(sorted({s for v in node.active for s in reach.get(v, ())}))
@@ -93,9 +97,9 @@ def tangent(program, env, ct, first, second, sums, order):
         x1, x2 = ([within(x, smallest) for x in stacks] for stacks in (x1, x2))
         if node.kind != "linear":
             x1, x2 = sums.settled(x1, x2)
-            settled = zip(node.active, x1, strict=True)
-            first.update((v, x) for v, x in settled if x is not None and not isinstance(first[v], Layered))
-            second.update((v, x) for v, x in zip(node.active, x2, strict=True) if x is not None)
+            for stacks, settled in ((first, x1), (second, x2)):
+                pairs = zip(node.active, settled, strict=True)
+                stacks.update((v, x) for v, x in pairs if x is not None and not isinstance(stacks[v], Layered))
         with named_in_errors(node.eqns):
             outs1, outs2 = _ruled(program, node, env, ct, x1, x2, sums, order)
         for v, z1, z2 in zip(node.outs, outs1, outs2, strict=True):
@@ -274,10 +278,34 @@ def _scan_values_and_adjoints(scan, consts, step_values, kept):
 
 
 def _scan_tangent(node, env, ct, x1, x2, sums, order):
-    scan, body = node.scan, node.scan.body
-    invars, outvars = body.jaxpr.invars, body.jaxpr.outvars
+    """In several scans of consecutive steps, so that none carries tangents of groups that come in after it."""
+    scan = node.scan
     consts, steps = env[node.outs, "saved"]
-    x1, x2 = ({i: x for i, x in zip(scan.operands, stacks, strict=True) if x is not None} for stacks in (x1, x2))
+    saved = steps, env[node.outs, "adjoints"]
+    state = [{i: x for i, x in zip(scan.operands, stacks, strict=True) if x is not None} for stacks in (x1, x2)]
+    found = []
+    for begin, end in pieces(scan, state[0].values(), sums.num_groups):
+        part = lambda i, x, begin=begin, end=end: steps_of(x, begin, end) if scan.is_scanned(i) else x
+        parts = ({i: part(i, x) for i, x in stacks.items()} for stacks in state)
+        x1, x2 = ({i: x for i, x in stacks.items() if x is not None} for stacks in parts)
+        if x1:
+            here = jax.tree.map(lambda x, begin=begin, end=end: lax.slice_in_dim(x, begin, end), saved)
+            outs = _piece_tangent(scan, end - begin, consts, *here, x1, x2, sums, order)
+            found.append((begin, outs))
+            for stacks, out in zip(state, outs, strict=True):
+                stacks.update({o + scan.num_consts: z for o, z in out.items() if o < scan.num_carry})
+
+    def out(k, v, o):
+        if o < scan.num_carry:
+            return state[k].get(o + scan.num_consts)
+        return joined([(begin, outs[k][o]) for begin, outs in found if o in outs[k]], v)
+
+    return [[out(k, v, o) for v, o in zip(node.outs, scan.results, strict=True)] for k in (0, 1)]
+
+
+def _piece_tangent(scan, length, consts, steps, adjoints, x1, x2, sums, order):
+    """First and second tangents of the results of some steps, by their numbers, from those of operands."""
+    body, invars, outvars = scan.body, scan.body.jaxpr.invars, scan.body.jaxpr.outvars
     own = Steps(x1.values(), sums.num_groups)
     slots, between = scan.slots({i: own.given(x) for i, x in x1.items()}, own.inside, own.outside)
     carried = [i for i in scan.operands if scan.is_carry(i) and invars[i] in slots]
@@ -311,16 +339,14 @@ def _scan_tangent(node, env, ct, x1, x2, sums, order):
     (carry1, carry2, hbar, third), (ys1, ys2) = lax.scan(
         step,
         (start(x1), start(x2) if order > 2 else {}, *zero),
-        (own.numbers(scan.length), steps, env[node.outs, "adjoints"], scanned(x1), scanned(x2)),
-        scan.length,
+        (own.numbers(length), steps, adjoints, scanned(x1), scanned(x2)),
+        length,
         scan.reverse,
     )
     sums.add_totals(hbar, third)
 
-    def out(carry, ys, o):
-        if o < scan.num_carry:
-            i = o + scan.num_consts
-            return Stack(between[i], carry[i]) if i in carry else None
-        return Stack(after[o], jnp.moveaxis(ys[o], 0, 1)) if o in ys else None
-
-    return [out(carry1, ys1, o) for o in scan.results], [out(carry2, ys2, o) for o in scan.results]
+    out = lambda carry, ys: (
+        {i - scan.num_consts: Stack(between[i], z) for i, z in carry.items()}
+        | {o: Stack(after[o], jnp.moveaxis(z, 0, 1)) for o, z in ys.items()}
+    )
+    return out(carry1, ys1), out(carry2, ys2)
