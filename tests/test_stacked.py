@@ -323,7 +323,7 @@ def test_a_summary_on_a_mesh_is_that_on_one_device(x64):
 
     def loss(blocks, x, matmul, whole):
         x = lax.scan(lambda x, own: (x + whole(jnp.tanh(matmul(x, own["w"]) + own["b"][None])), None), x, blocks)[0]
-        return jnp.mean(x**2)
+        return jnp.mean(x**2) + jnp.mean(jnp.tanh(blocks["w"]) ** 2)
 
     def summary(blocks, x, matmul=jnp.matmul, whole=lambda x: x):
         return gn.summarize(lambda p: loss(p, x, matmul, whole), blocks, blocks, groups.stacked(""))
