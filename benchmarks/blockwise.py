@@ -208,7 +208,9 @@ def losses(records):
         if tried:
             shares = [training.share_until(*curves[best_of(method)], target) for target in targets]
             cells = [f"{final[method, x]:.4g} ({len(runs[method, x])})" if x in tried else "–" for x in multiples]
-            lines.append(training._row([method, *cells, *(f"{share:.2f}" for share in shares)]))
+            lines.append(
+                training._row([method, *cells, *("never" if share == np.inf else f"{share:.2f}" for share in shares)])
+            )
     return "\n".join(lines)
 
 
