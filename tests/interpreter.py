@@ -21,7 +21,7 @@ def uncompiled(fn):
 
 def run(closed, *args):
     """The outputs of a closed jaxpr, as NumPy arrays."""
-    return _run(closed.jaxpr, closed.consts, [np.asarray(x) for x in args])
+    return _run(closed.jaxpr, closed.consts, [x if _is_key(x) else np.asarray(x) for x in args])
 
 
 def _run(jaxpr, consts, args):
@@ -43,8 +43,11 @@ def _outs(eqn, values):
         return [out]
     outs = eqn.primitive.bind(*values, **eqn.params)
     outs = outs if eqn.primitive.multiple_results else [outs]
-    is_key = lambda v: jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key)
-    return [z if is_key(v) else np.asarray(z) for v, z in zip(eqn.outvars, outs, strict=True)]
+    return [z if _is_key(z) else np.asarray(z) for z in outs]
+
+
+def _is_key(x):
+    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _same(x):
