@@ -6,13 +6,13 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the tests' time is XLA's: half of it without the expensive passes. 0 compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# And half of the rest with the older emitters for the CPU, in the versions that still have them.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false"
-    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
-    and importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10."))
-    else ""
-)
+# And half of the rest with the older emitters for the CPU, in the versions that still have them, and in one piece: to
+# compile a program's parts in parallel helps nobody where every core has a worker.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 import jax
 import pytest
@@ -25,9 +25,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish():
-    """What is imported stays: the collector needn't look at it again and again."""
+    """What is imported stays, and tracing makes many small objects: the collector needn't look at them all the time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def uncompiled(fn):
 
 def run(closed, *args):
     """The outputs of a closed jaxpr, as NumPy arrays."""
-    return _run(closed.jaxpr, closed.consts, [np.asarray(x) for x in args])
+    return _run(closed.jaxpr, closed.consts, [x if _is_key(x) else np.asarray(x) for x in args])
 
 
 def _run(jaxpr, consts, args):
@@ -36,15 +36,24 @@ def _run(jaxpr, consts, args):
 def _outs(eqn, values):
     name = eqn.primitive.name
     if name in NUMPY:
-        return [NUMPY[name](*values)]
+        return [_as_promised(eqn, NUMPY[name](*values))]
     if name in CONTROL:
         return CONTROL[name](eqn, values)
     if name in WITH_PARAMS and (out := WITH_PARAMS[name](values, **eqn.params)) is not NotImplemented:
-        return [out]
+        return [_as_promised(eqn, out)]
     outs = eqn.primitive.bind(*values, **eqn.params)
     outs = outs if eqn.primitive.multiple_results else [outs]
-    is_key = lambda v: jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key)
-    return [z if is_key(v) else np.asarray(z) for v, z in zip(eqn.outvars, outs, strict=True)]
+    return [z if _is_key(z) else np.asarray(z) for z in outs]
+
+
+def _as_promised(eqn, out):
+    """In JAX's dtype: NumPy takes powers of single precision by integers, and adds integers up, in double."""
+    dtype = eqn.outvars[0].aval.dtype
+    return out if out.dtype == dtype else out.astype(dtype)
+
+
+def _is_key(x):
+    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _same(x):
@@ -111,6 +120,10 @@ def _broadcast(values, shape, broadcast_dimensions, **_):
     return np.broadcast_to(x.reshape(inner), shape)
 
 
+def _reshape(values, new_sizes, dimensions, **_):
+    return (values[0] if dimensions is None else np.transpose(values[0], dimensions)).reshape(new_sizes)
+
+
 def _pad(values, padding_config):
     x, fill = values
     if any(low < 0 or high < 0 or between for low, high, between in padding_config):
@@ -159,6 +172,13 @@ def _triangular_solve(values, left_side, lower, transpose_a, conjugate_a, unit_d
     return np.linalg.solve(a, b) if left_side else turned(np.linalg.solve(turned(a), turned(b)))
 
 
+def _cholesky(values, **_):
+    try:
+        return np.linalg.cholesky(values[0])
+    except np.linalg.LinAlgError:  # JAX has NaN there
+        return NotImplemented
+
+
 def _reduced(fn):
     return lambda values, axes, **_: fn(values[0], axis=tuple(axes))
 
@@ -176,7 +196,7 @@ WITH_PARAMS = {
     "integer_pow": lambda values, y: values[0] ** y,
     "convert_element_type": _convert,
     "broadcast_in_dim": _broadcast,
-    "reshape": lambda values, new_sizes, **_: values[0].reshape(new_sizes),
+    "reshape": _reshape,
     "squeeze": lambda values, dimensions: np.squeeze(values[0], tuple(dimensions)),
     "expand_dims": lambda values, dimensions: np.expand_dims(values[0], dimensions),
     "transpose": lambda values, permutation: np.transpose(values[0], permutation),
@@ -188,7 +208,7 @@ WITH_PARAMS = {
     "iota": _iota,
     "dot_general": _dot,
     "triangular_solve": _triangular_solve,
-    "cholesky": lambda values, **_: np.linalg.cholesky(values[0]),
+    "cholesky": _cholesky,
     "argmax": lambda values, axes, index_dtype: np.argmax(values[0], *axes).astype(index_dtype),
     "stack": lambda values, axis: np.stack(values, axis),
     "reduce_sum": _reduced(np.sum),
@@ -221,9 +241,15 @@ def _while(eqn, values):
     p = eqn.params
     of_cond, rest = values[: p["cond_nconsts"]], values[p["cond_nconsts"] :]
     of_body, carry = rest[: p["body_nconsts"]], rest[p["body_nconsts"] :]
-    while run(p["cond_jaxpr"], *of_cond, *carry)[0]:
-        carry = run(p["body_jaxpr"], *of_body, *carry)
+    while np.any(going := run(p["cond_jaxpr"], *of_cond, *carry)[0]):
+        after = run(p["body_jaxpr"], *of_body, *carry)
+        # Under vmap each goes on by itself.
+        carry = [np.where(_among_axes_of(going, x), x, y) for x, y in zip(after, carry, strict=True)]
     return carry
+
+
+def _among_axes_of(which, x):
+    return which.reshape(which.shape + (1,) * (np.ndim(x) - which.ndim))
 
 
 def _scan(eqn, values):

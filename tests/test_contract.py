@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_equal, assert_finite, at
+from interpreter import uncompiled
 from jax import lax
 from models import PARABOLA, ROSENBROCK, START, valleys
 
@@ -258,7 +259,7 @@ def test_vmap_over_starts_equals_a_loop():
     tx, run, _ = compiled("alias")
     starts = jax.tree.map(lambda x: x[None] + jnp.array([[0.1], [0.3], [-0.4]]), START)
     one = lambda params: descent(tx, params, tx.init(params), 0.5, 8)
-    together = jax.jit(jax.vmap(one))(starts)
+    together = uncompiled(jax.vmap(one))(starts)
     for k in range(3):
         start = at(starts, k)
         close(at(together[0], k), run(start, tx.init(start), 0.5, 8)[0])
@@ -272,7 +273,7 @@ def test_injected_hyperparameters_give_the_same_steps(name):
     static = [option for option in STATIC if option in inspect.signature(configuration.make).parameters]
     injected = optax.inject_hyperparams(configuration.make, static_args=static)(**configuration.options)
     injected = configuration.chain(injected)
-    trained, state = jax.jit(lambda p: descent(injected, p, injected.init(p), 0.5, 8))(START)
+    trained, state = uncompiled(lambda p: descent(injected, p, injected.init(p), 0.5, 8))(START)
     close(trained, run(START, tx.init(START), 0.5, 8)[0])
     numbers = {k for k, v in configuration.options.items() if k not in STATIC and isinstance(v, float)}
     assert numbers <= set(optax.tree.get(state, "hyperparams"))
@@ -294,7 +295,7 @@ def test_constant_schedules_equal_the_constants(options):
     fixed = {"groups": gn.groups.per_tensor} if options is SCHEDULED else {}
     schedules = {name: lambda step, value=value: jnp.asarray(value) for name, value in options.items()}
     pair = gn.grouped_newton(**fixed, **options), make(**fixed, **schedules)
-    by_number, by_schedule = (jax.jit(lambda p, tx=tx: descent(tx, p, tx.init(p), ROSENBROCK, 8))(START) for tx in pair)
+    by_number, by_schedule = (uncompiled(lambda p, tx=tx: descent(tx, p, tx.init(p), ROSENBROCK, 8))(START) for tx in pair)
     close(by_schedule[0], by_number[0])
     averages = [gn.eval_params(state, START) for _, state in (by_number, by_schedule)]
     close(*averages)

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close, assert_equal, assert_finite, at, only_grouped_newton, shifted
+from interpreter import uncompiled
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.slow
 
 EPS = 2.0**-23
 STEPS = 9
+descent = optax.scale(-0.5)
 GROUPS = gn.groups.per_module
 
 
@@ -62,10 +64,17 @@ def train(tx, loss, params, batches, change=lambda params: params):
 def summaries_of(loss, groups=GROUPS):
     """(params, directions, batches) -> the summary of each."""
     summary = lambda p, u, batch: gn.summarize(lambda q: loss(q, batch), p, u, groups)
-    return jax.jit(jax.vmap(summary))
+    return uncompiled(jax.vmap(summary))
 
 
 tanh_summaries = summaries_of(models.tanh_loss)
+
+
+@functools.cache
+def trained_plainly():
+    """Params, gradients and states with nothing around."""
+    train_descending = functools.partial(train, optax.chain(ours(), descent), models.tanh_loss)
+    return uncompiled(train_descending)(models.tanh_params(), models.regression_batches(STEPS))
 
 
 def recorded(state):
@@ -111,7 +120,6 @@ def after(*transforms):
     return lambda tx: optax.chain(tx, *transforms)
 
 
-descent = optax.scale(-0.5)
 EVEN = lambda step: step % 2 == 0
 AROUND = {
     "weight decay after ours": Around(after(optax.add_decayed_weights(0.3), descent)),
@@ -144,7 +152,7 @@ def test_a_summary_is_of_the_last_step_taken_on_this_batch(name):
     around = AROUND[name]
     batches = models.regression_batches(STEPS)
     given = batches if around.bad is None else (batches[0].at[around.bad].set(jnp.nan), batches[1])
-    run = jax.jit(functools.partial(train, around.make(ours()), models.tanh_loss, change=around.change))
+    run = uncompiled(functools.partial(train, around.make(ours()), models.tanh_loss, change=around.change))
     params, directions, states = run(models.tanh_params(), given)
     if around.accumulated > 1:
         directions = jax.tree.map(lambda g: (g + shifted(g[0], g)) / around.accumulated, directions)
@@ -160,7 +168,7 @@ def test_a_summary_is_of_the_last_step_taken_on_this_batch(name):
 def test_steps_compiled_one_by_one_take_the_same_summaries():
     """With donated params and states."""
     tx, alone, batches = optax.chain(ours(), descent), models.tanh_params(), models.regression_batches(STEPS)
-    together = jax.jit(functools.partial(train, tx, models.tanh_loss))(alone, batches)
+    together = trained_plainly()
     check(models.tanh_loss, *together, batches, summaries=tanh_summaries)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -184,7 +192,7 @@ def test_steps_compiled_one_by_one_take_the_same_summaries():
 def test_the_first_summary_is_of_the_first_direction_itself_and_forgotten_at_the_second():
     params, batches = models.tanh_params(), models.regression_batches(3)
     tx = optax.chain(ours(summary_memory=0.5), descent)
-    trained, directions, states = jax.jit(functools.partial(train, tx, models.tanh_loss))(params, batches)
+    trained, directions, states = uncompiled(functools.partial(train, tx, models.tanh_loss))(params, batches)
     np.testing.assert_array_equal(states.refreshes, [0, 1, 2])
     own = tanh_summaries(at(trained, slice(1)), at(directions, slice(1)), at(batches, slice(1)))
     assert_summaries(recorded(at(states, slice(1))), own)
@@ -212,7 +220,7 @@ def test_a_first_direction_that_tells_nothing_is_made_up_for_by_the_second(bad):
         updates, state = tx.update(grads, state, params, value_fn=value_fn)
         return state, (grads, updates, state)
 
-    grads, updates, states = jax.jit(lambda: lax.scan(step, tx.init(params), (batches, jnp.arange(4)))[1])()
+    grads, updates, states = uncompiled(lambda: lax.scan(step, tx.init(params), (batches, jnp.arange(4)))[1])()
     assert_finite(states)
     assert_equal(at(updates, slice(2)), jax.tree.map(jnp.zeros_like, at(updates, slice(2))))
     np.testing.assert_array_equal(states.refreshes, [0, 0, 1, 2])
@@ -254,7 +262,7 @@ def test_copies_have_the_dtypes_of_the_params(dtype):
         wide = lambda p: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), p)
         loss = lambda p, batch: models.tanh_loss(wide(p), batch)
         tx = optax.chain(ours(), descent)
-        run = jax.jit(functools.partial(train, tx, loss))
+        run = uncompiled(functools.partial(train, tx, loss))
         trained, directions, states = run(params, batches)
         start = tx.init(params)[0]
         for copy in (start.direction, start.origin, states.direction, states.origin):
@@ -268,10 +276,11 @@ def test_a_wide_direction_of_narrow_params_is_kept_as_it_is_summarized():
     direction = jax.tree.map(lambda x: jnp.cos(x.astype(jnp.float32)), params)
     tx, (batch, other) = ours(), (at(models.regression_batches(2), k) for k in range(2))
     update = lambda state, batch: tx.update(direction, state, params, value_fn=lambda p: models.tanh_loss(p, batch))
-    updates, state = jax.jit(lambda: update(update(tx.init(params), batch)[1], other))()
+    updates, state = uncompiled(lambda: update(update(tx.init(params), batch)[1], other))()
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
     assert_equal(state.direction, jax.tree.map(lambda x: x.astype(jnp.bfloat16), direction))
-    expected = gn.summarize(lambda p: models.tanh_loss(p, other), params, direction, GROUPS)
+    summary_on = lambda batch: gn.summarize(lambda p: models.tanh_loss(p, batch), params, direction, GROUPS)
+    expected = uncompiled(summary_on)(other)
     assert_summaries(recorded(state), expected)
 
 
@@ -302,7 +311,7 @@ def test_leaves_without_a_group_of_any_kind_are_not_copied():
     x = jax.random.normal(jax.random.key(1), (4, 3))
     float0 = lambda p: np.zeros(np.shape(p), jax.dtypes.float0)
 
-    @jax.jit
+    @uncompiled
     def run(w):
         def step(carry, x):
             w, state = carry
@@ -316,11 +325,13 @@ def test_leaves_without_a_group_of_any_kind_are_not_copied():
         return lax.scan(step, (w, state), x)[1]
 
     trained, directions, states = run(params["w"])
-    for k in range(1, 4):
-        at_then = {**params, "w": trained[k - 1]}
-        direction = {**jax.tree.map(float0, params), "w": directions[k - 1]}
-        expected = gn.summarize(lambda p, k=k: loss(p, x[k]), at_then, direction, groups)
-        assert_summaries(recorded(at(states, k)), expected)
+
+    def summary(w, direction, x):
+        directions = {**jax.tree.map(float0, params), "w": direction}
+        return gn.summarize(lambda p: loss(p, x), {**params, "w": w}, directions, groups)
+
+    expected = uncompiled(jax.vmap(summary))(trained[:-1], directions[:-1], x[1:])
+    assert_summaries(recorded(at(states, slice(1, None))), expected)
     assert_equal(states.origin["w"], trained)
     assert isinstance(states.origin["key"], optax.MaskedNode)
 
@@ -367,7 +378,7 @@ def test_dropout_keys_and_running_statistics_of_this_step_are_used():
         return (optax.apply_updates(params, updates), state, statistics), (params, grads, state[0], given)
 
     start = params, tx.init(params), (jnp.zeros(4), jnp.ones(4))
-    trained, directions, states, given = jax.jit(lambda c: lax.scan(step, c, (x, y, keys))[1])(start)
+    trained, directions, states, given = uncompiled(lambda c: lax.scan(step, c, (x, y, keys))[1])(start)
     check(loss, trained, directions, states, given)
 
 
@@ -431,8 +442,7 @@ def test_copies_are_divided_as_the_params_are(axis_type):
         for k in range(3):
             params, state = step(params, state, jax.device_put(at(batches, k), NamedSharding(on, P())))
             assert_divided(state)
-    _, _, expected = jax.jit(functools.partial(train, tx, models.tanh_loss))(models.tanh_params(), batches)
-    assert_close(jax.device_get(recorded(state[0])), recorded(at(expected, -1)), rtol=1e3 * EPS, atol=1e3 * EPS)
+    assert_close(jax.device_get(recorded(state[0])), recorded(at(trained_plainly()[2], 2)), rtol=1e3 * EPS, atol=1e3 * EPS)
 
 
 def test_a_direction_laid_out_otherwise_than_the_params_is_kept_as_they_are():
@@ -456,7 +466,7 @@ def test_the_optimizer_delays_by_default_and_the_transform_does_not():
     params, batches = models.tanh_params(), models.regression_batches(14)
     tx = gn.grouped_newton(groups=gn.groups.per_module, summary_memory=0.0)
     adam = optax.scale_by_adam(b1=0.9, b2=0.99)
-    trained, grads, states = jax.jit(functools.partial(train, tx, models.tanh_loss))(params, batches)
+    trained, grads, states = uncompiled(functools.partial(train, tx, models.tanh_loss))(params, batches)
     directions = lax.scan(lambda s, g: adam.update(g, s)[::-1], adam.init(params), grads)[1]
     due = np.flatnonzero(np.diff(states.refreshes, prepend=0))
     assert len(due) >= 10

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close_by_largest
+from interpreter import uncompiled
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -130,8 +131,7 @@ def train(params, tokens, labels, loss, steps=3):
 
 @functools.cache
 def trained_on_one_device():
-    with jax.default_device(jax.devices("cpu")[0]):
-        return jax.jit(functools.partial(train, loss=network_loss))(*network_problem(attends=False))
+    return uncompiled(functools.partial(train, loss=network_loss))(*network_problem(attends=False))
 
 
 def on_a_mesh(layout, axis_type, run, attends):
@@ -169,7 +169,7 @@ def test_the_summary_with_attention_on_two_explicit_axes_is_that_of_one_device(x
         direction = jax.tree.map(jnp.cos, params)
         return gn.summarize(lambda p: loss(p, tokens[0], labels[0]), params, direction, order=2)
 
-    expected = jax.jit(functools.partial(summary, loss=network_loss))(*network_problem(attends=True))
+    expected = uncompiled(functools.partial(summary, loss=network_loss))(*network_problem(attends=True))
     assert_close_by_largest(on_a_mesh("two axes", AxisType.Explicit, summary, attends=True), expected, 1e4 * EPS64)
 
 
@@ -222,7 +222,7 @@ def summary_of_the_whole_batch(log):
     """By the definition."""
     params, direction, x, y = local_problem()
     value_fn = lambda p: jnp.log(synced_loss(p, x, y)) if log else synced_loss(p, x, y)
-    return jax.jit(lambda p, u: gn.summarize(value_fn, p, u, method="nested"))(params, direction)
+    return uncompiled(lambda p, u: gn.summarize(value_fn, p, u, method="nested"))(params, direction)
 
 
 @pytest.mark.parametrize(
@@ -284,22 +284,21 @@ def test_a_step_with_convolutions_on_a_divided_batch_is_that_of_one_device(x64):
             x = jnp.tanh(lax.conv(x, w, (1, 1), "SAME"))
         return jnp.mean(x**2)
 
-    @jax.jit
     def step(params, x):
-        tx = gn.grouped_newton()
+        tx = gn.scale_by_grouped_newton()
         value, grads = jax.value_and_grad(loss)(params, x)
         return tx.update(grads, tx.init(params), params, value=value, value_fn=lambda p: loss(p, x))
 
-    expected = step(params, x)
+    expected = uncompiled(step)(params, x)
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         mesh = mesh_of((8,), (DATA,), axis_type)
         with jax.set_mesh(mesh):
             whole, divided = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((params, P()), (x, P(DATA))))
-            assert_close_by_largest(step(whole, divided), expected, 1e4 * EPS64)
+            assert_close_by_largest(jax.jit(step)(whole, divided), expected, 1e4 * EPS64)
 
 
 def train_in_data_parallel(params, _, x, y, axis_name=None, averages_gradients=False):
-    tx = gn.grouped_newton(1.0, gn.groups.per_tensor, refresh_every=2, axis_name=axis_name)
+    tx = gn.grouped_newton(1.0, gn.groups.per_module(max_groups=2), refresh_every=2, axis_name=axis_name)
     mean = lambda p: lax.pmean(plain_loss(p, x, y), axis_name) if axis_name else plain_loss(p, x, y)
 
     def step(carry, _):
@@ -315,7 +314,7 @@ def train_in_data_parallel(params, _, x, y, axis_name=None, averages_gradients=F
 
 def test_training_on_local_batches_is_training_on_the_whole_batch(x64):
     params, _, x, y = local_problem()
-    expected = jax.jit(train_in_data_parallel)(params, params, x, y)
+    expected = uncompiled(train_in_data_parallel)(params, params, x, y)
     for kind in ("tracked", "untracked", "pmap"):
         # But for check_vma, the transpose of a sum over devices is a sum over devices.
         run = functools.partial(train_in_data_parallel, axis_name=DATA, averages_gradients=kind != "tracked")
@@ -342,7 +341,7 @@ def test_parameters_divided_by_hand_give_the_summary_of_the_whole(x64, check_vma
         add = lambda v: lax.psum(v, MODEL)
         return gn.summarize(lambda p: loss(p, x, y, gather, add), params, direction, axis_name=(DATA, MODEL))
 
-    expected = jax.jit(lambda p, u: gn.summarize(lambda q: loss(q, x, y), p, u))(params, direction)
+    expected = uncompiled(lambda p, u: gn.summarize(lambda q: loss(q, x, y), p, u))(params, direction)
     mesh = mesh_of((4, 2), (DATA, MODEL))
     args = (places, places, P(DATA), P(DATA))
     # The summary is the same everywhere, which is what the empty specification asserts under check_vma.

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_finite, only_grouped_newton
+from interpreter import uncompiled
 from jax import lax
 
 import grouped_newton as gn
@@ -25,7 +26,7 @@ PARTLY, NOT_FINITE, UNBOUNDED = gn.CubicStatus.PARTLY_FINITE, gn.CubicStatus.NOT
 def first_step(loss, params, direction, groups=gn.groups.per_tensor, **options):
     tx = gn.scale_by_grouped_newton(groups, **options)
     update = lambda u: tx.update(u, tx.init(params), params, value_fn=loss)
-    updates, state = jax.jit(update)(direction)
+    updates, state = uncompiled(update)(direction)
     assert_finite((updates, state))
     return updates, state
 
@@ -78,7 +79,7 @@ def test_rates_are_equivariant_whatever_is_not_finite():
     lengths = jnp.asarray(np.abs(rng.standard_normal((3, N, S))), jnp.float32)
     a = 2.0 ** jnp.asarray(rng.integers(-10, 10, (N, S)), jnp.float32)
 
-    @jax.jit
+    @uncompiled
     @jax.vmap
     def run(summaries, params, start, direction):
         kept, known, eta = memory.empty(S, jnp.float32), jnp.zeros((2, S), bool), jnp.zeros(S)
@@ -179,7 +180,7 @@ def test_a_forgiving_sweep_keeps_all_that_is_finite(x64):
         phi = lambda t: jnp.sum(jnp.sin(moved(t)) ** 2) + jnp.sum(f({"moving": moved(t)}))
         return [d(0.0) for d in (jax.grad(phi), jax.hessian(phi), jax.jacfwd(jax.hessian(phi)))]
 
-    found = jax.jit(lambda: {n: (summary(f), expected(g)) for n, (f, g) in NOT_FINITE_SOMEWHERE.items()})()
+    found = uncompiled(lambda: {n: (summary(f), expected(g)) for n, (f, g) in NOT_FINITE_SOMEWHERE.items()})()
     exact = []
     for name, (got, (g, h, t)) in found.items():
         np.testing.assert_allclose([got.gbar[0], got.hbar[0, 0]], [g, h], rtol=1e-12, err_msg=name)
@@ -232,7 +233,7 @@ def train(tx, loss, params, steps, value=None):
         ours = only_grouped_newton(state)
         return (params, state), (params, moved, ours.replaced, ours.caution, ours.status)
 
-    return jax.jit(lambda params: lax.scan(step, (params, tx.init(params)), length=steps))(params)
+    return uncompiled(lambda params: lax.scan(step, (params, tx.init(params)), length=steps))(params)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_a_late_summary_that_is_not_finite_in_one_group_changes_only_that_group(
         _, state = tx.update({"a": jnp.ones(()), "b": jnp.ones(())}, state, params, value_fn=lambda p: loss(p, k))
         return state, (state.eta, state.status, state.rejected)
 
-    eta, status, rejected = jax.jit(lambda: lax.scan(step, tx.init(params), jnp.arange(4.0))[1])()
+    eta, status, rejected = uncompiled(lambda: lax.scan(step, tx.init(params), jnp.arange(4.0))[1])()
     np.testing.assert_allclose(eta, [[1, 1], [1 / 2, 1], [1 / 3, 1], [1 / 4, 1]], rtol=16 * EPS)
     np.testing.assert_array_equal(status, [0, 0, PARTLY, PARTLY])
     np.testing.assert_array_equal(rejected, 0)

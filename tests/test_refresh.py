@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close, assert_finite, at, each, shifted
+from interpreter import uncompiled
 from jax import lax
 from models import regression_batches, tanh_loss, tanh_params
 from runs import follow, follow_polynomial, polynomial_batches, sum_of_squares, train
@@ -66,7 +67,7 @@ def test_rates_equal_those_of_a_hand_written_loop():
         summary_memory=share,
     )
     descent = optax.chain(tx, optax.scale(-1.0))
-    trained, (state, _), updates = jax.jit(functools.partial(train, descent, tanh_loss))(params, batches)
+    trained, (state, _), updates = uncompiled(functools.partial(train, descent, tanh_loss))(params, batches)
     before = shifted(params, trained)
 
     @jax.jit
@@ -215,7 +216,7 @@ def test_a_schedule_says_after_how_many_steps_the_next_refresh_is():
 def test_without_any_rate_of_the_rule_the_next_step_refreshes_and_the_schedule_counts_from_there():
     tx = gn.scale_by_grouped_newton(refresh_every=lambda count: 3)
     batches = polynomial_batches(h=[-1.0, 2.0, 4.0])
-    updates, state = jax.jit(functools.partial(follow_polynomial, tx))(batches, jnp.ones(6))
+    updates, state = uncompiled(functools.partial(follow_polynomial, tx))(batches, jnp.ones(6))
     np.testing.assert_allclose(updates, [2.0**-10, 0.5, 0.5, 0.5, 0.25, 0.25], rtol=8 * EPS)
     np.testing.assert_array_equal(state.next_refresh, [1, 4, 4, 4, 7, 7])
     np.testing.assert_array_equal(state.refreshes, [1, 2, 2, 2, 3, 3])
@@ -253,7 +254,7 @@ def test_before_there_are_rates_the_edge_rule_steps_in():
     loss = lambda p, scale: scale * quadratic(**p)
     params, directions = ({"a": x, "b": x} for x in (jnp.zeros(()), jnp.ones(3)))
     run = functools.partial(follow, gn.scale_by_grouped_newton(refresh_every=2), loss, params)
-    updates, state = jax.jit(run)(directions, jnp.array([1.0, 1.0, 3.0]))
+    updates, state = uncompiled(run)(directions, jnp.array([1.0, 1.0, 3.0]))
     # e = (1, 1), and alpha e with alpha = 1.8 (g e) / (e H e) is 6/10 for both.
     np.testing.assert_allclose(state.eta, np.full((3, 2), 0.6), rtol=8 * EPS)
     assert_close(updates, {"a": state.eta[:, 0], "b": state.eta[:, 1]}, rtol=8 * EPS)
@@ -291,7 +292,7 @@ def test_numbers_that_are_not_finite_are_kept_out_of_rates_and_average(column, b
 def test_a_damping_that_is_not_finite_is_kept_out():
     schedule = lambda step: jnp.where(step == 1, jnp.nan, 1.0 + step)
     tx = gn.scale_by_grouped_newton(internal_damping=schedule, refresh_every=1)
-    updates, state = jax.jit(functools.partial(follow_polynomial, tx))(polynomial_batches(t=[1.0]), jnp.ones(6))
+    updates, state = uncompiled(functools.partial(follow_polynomial, tx))(polynomial_batches(t=[1.0]), jnp.ones(6))
     np.testing.assert_array_equal(state.damping, [1, 1, 3, 4, 5, 6])
     np.testing.assert_array_equal(state.rejected, [0, 1, 1, 1, 1, 1])
     assert updates[0] == updates[1] > updates[2] > updates[3] > 0
@@ -333,7 +334,7 @@ def test_a_loss_beyond_the_range_of_the_state_is_kept_out(x64):
     params = jnp.ones(2, jnp.float32)
     loss = lambda p: 1e300 + jnp.sum(p.astype(jnp.float64))
     tx = gn.scale_by_grouped_newton()
-    updates, state = jax.jit(lambda u: tx.update(u, tx.init(params), params, value_fn=loss))(params)
+    updates, state = uncompiled(lambda u: tx.update(u, tx.init(params), params, value_fn=loss))(params)
     assert_finite((updates, state))
     assert (state.rejected, state.refreshes) == (1, 0)
 
@@ -383,7 +384,7 @@ def test_gross_rates_are_refreshed_until_the_damping_keeps_them_from_it():
     tx = gn.scale_by_grouped_newton(internal_damping=gn.adaptive_damping(), refresh_every=4)
     step = lambda state, _: tx.update(jnp.ones(()), state, jnp.zeros(()), value_fn=loss)[::-1]
     keep = lambda state, _: (lambda state, u: (state, (u, state)))(*step(state, None))
-    _, (updates, states) = jax.jit(lambda: lax.scan(keep, tx.init(jnp.zeros(())), length=5))()
+    _, (updates, states) = uncompiled(lambda: lax.scan(keep, tx.init(jnp.zeros(())), length=5))()
     eta = [(math.sqrt(1 + lam) - 1) / (lam / 2) for lam in (1, 4, 10, 5)]
     np.testing.assert_allclose(updates, [eta[0] / 2, eta[1] / 2, eta[2], eta[2], eta[3]], rtol=16 * EPS)
     np.testing.assert_array_equal(states.damping, [4, 10, 5, 5, 2.5])
@@ -399,7 +400,7 @@ def test_a_summary_that_is_not_finite_leaves_rates_and_damping_as_they_were():
         return state, state
 
     factors = jnp.array([1.0, 1.0, 1.0, 1.0, jnp.nan, jnp.inf, jnp.nan, 1.0])
-    states = jax.jit(lambda: lax.scan(step, tx.init(jnp.zeros(())), factors)[1])()
+    states = uncompiled(lambda: lax.scan(step, tx.init(jnp.zeros(())), factors)[1])()
     np.testing.assert_array_equal(states.rejected, [0, 0, 0, 0, 1, 2, 3, 3])
     np.testing.assert_array_equal(states.next_refresh, [4, 4, 4, 4, 5, 6, 7, 8])  # until there is one
     for field in (states.eta[:, 0], states.damping):

@@ -10,6 +10,7 @@ import optax
 import pytest
 from checks import assert_close, assert_same_summary
 from flax import linen, nnx
+from interpreter import uncompiled
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -132,7 +133,7 @@ def test_a_summary_is_that_of_the_layers_in_a_list(x64, model):
     params, u = params_of(1), params_of(2)
     options = {"scan": [{}, {"method": "nested"}, {"max_stack": 2}], "outputs and penalty": [{}, {"max_stack": 2}]}
 
-    @jax.jit
+    @uncompiled
     def all_of(params, u):
         expected = summary_in_order(of_list, unstacked(params), unstacked(u), groups.names(grouping, params))
         return expected, [gn.summarize(of_stack, params, u, grouping, **o) for o in options.get(model, [{}])]
@@ -151,7 +152,7 @@ def test_other_derivatives_are_those_of_the_layers_in_a_list(x64):
     def outputs(blocks_of):
         return lambda p: blocks_of(normal(90, 5, 2) @ p["embed"]["w"], p["blocks"]) @ p["head"]["w"]
 
-    @jax.jit
+    @uncompiled
     def all_of(params, u):
         listed, u_listed = unstacked(params), unstacked(u)
         labels = {"blocks": [f"blocks/{i}" for i in range(L)], "embed": groups.FROZEN, "head": "head"}
@@ -175,7 +176,7 @@ def test_layers_may_share_a_group(x64):
     stack = lambda seed: {"w": normal(seed, 4, D, D), "b": normal(seed + 1, 4, D)}
     grouping = groups.per_module(2)
     assert groups.names(grouping, stack(1)) == groups.names(grouping, layers_of(stack(1))) == ("0..1", "2..3")
-    both = jax.jit(
+    both = uncompiled(
         lambda p, u: (
             gn.summarize(of_stack, p, u, grouping),
             gn.summarize(of_list, layers_of(p), layers_of(u), grouping),
@@ -202,7 +203,7 @@ def test_weights_and_biases_of_layers_may_be_groups_apart(x64):
     )
     in_list = [f"blocks/{i}/{k}" for k in "bw" for i in range(L)] + ["embed/w", "head/w"]
 
-    @jax.jit
+    @uncompiled
     def both(params, u):
         expected = summary_in_order(of_list, unstacked(params), unstacked(u), in_list, groups.per_tensor)
         return gn.summarize(of_stack, params, u, grouping), expected
@@ -305,7 +306,7 @@ def test_slopes_are_those_of_the_gradient_where_that_is_no_tangent(between, eps)
     loss = loss_through(lambda x, blocks: between(scanned(x, blocks, step)))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params_of(1))
 
-    @jax.jit
+    @uncompiled
     def both(params):
         gradient = jax.grad(loss)(params)
         found = gn.summarize(loss, params, params, groups.stacked("^blocks"), order=2).gbar
@@ -329,7 +330,7 @@ def test_a_summary_on_a_mesh_is_that_on_one_device(x64):
         return gn.summarize(lambda p: loss(p, x, matmul, whole), blocks, blocks, groups.stacked(""))
 
     blocks, x = params_of(1)["blocks"], normal(90, 6, D)
-    expected = jax.jit(summary)(blocks, x)
+    expected = uncompiled(summary)(blocks, x)
     with jax.set_mesh(mesh):
         matmul = functools.partial(jnp.matmul, out_sharding=P("data", "width"))
         divided = {"w": on_mesh(blocks["w"], None, None, "width"), "b": on_mesh(blocks["b"], None, "width")}
@@ -410,7 +411,7 @@ def test_a_summary_of_a_flax_scan_is_that_of_its_layers_in_a_list(x64, model):
     listed = lambda tree: (layers_of(stack_of(tree), axis), tree)
     labels = own, groups.by_path({pattern: groups.FROZEN, "": other})(params)
 
-    @jax.jit
+    @uncompiled
     def both(params, u):
         expected = summary_in_order(of_list, listed(params), listed(u), names, labels)
         return gn.summarize(loss, params, u, grouping), expected
@@ -442,7 +443,7 @@ def test_updates_are_those_of_the_layers_in_a_list(x64):
     names, listed = groups.names(whole, start), groups.names(in_list, unstacked(start))
     assert set(names) == set(listed) == {"blocks/0", "blocks/1", "blocks/2", "head"}
 
-    @jax.jit
+    @uncompiled
     def both(params):
         return trained(of_stack, params, whole), trained(of_list, unstacked(params), in_list)
 
