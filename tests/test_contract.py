@@ -295,7 +295,9 @@ def test_constant_schedules_equal_the_constants(options):
     fixed = {"groups": gn.groups.per_tensor} if options is SCHEDULED else {}
     schedules = {name: lambda step, value=value: jnp.asarray(value) for name, value in options.items()}
     pair = gn.grouped_newton(**fixed, **options), make(**fixed, **schedules)
-    by_number, by_schedule = (uncompiled(lambda p, tx=tx: descent(tx, p, tx.init(p), ROSENBROCK, 8))(START) for tx in pair)
+    by_number, by_schedule = (
+        uncompiled(lambda p, tx=tx: descent(tx, p, tx.init(p), ROSENBROCK, 8))(START) for tx in pair
+    )
     close(by_schedule[0], by_number[0])
     averages = [gn.eval_params(state, START) for _, state in (by_number, by_schedule)]
     close(*averages)

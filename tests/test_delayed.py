@@ -442,7 +442,9 @@ def test_copies_are_divided_as_the_params_are(axis_type):
         for k in range(3):
             params, state = step(params, state, jax.device_put(at(batches, k), NamedSharding(on, P())))
             assert_divided(state)
-    assert_close(jax.device_get(recorded(state[0])), recorded(at(trained_plainly()[2], 2)), rtol=1e3 * EPS, atol=1e3 * EPS)
+    assert_close(
+        jax.device_get(recorded(state[0])), recorded(at(trained_plainly()[2], 2)), rtol=1e3 * EPS, atol=1e3 * EPS
+    )
 
 
 def test_a_direction_laid_out_otherwise_than_the_params_is_kept_as_they_are():

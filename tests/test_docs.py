@@ -186,7 +186,7 @@ def test_every_public_function_has_an_example():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch):
-    monkeypatch.setenv("STEPS", "20")
+    monkeypatch.setenv("STEPS", "12")
     notebook = nbformat.read(path, as_version=4)
     kept = [cell.copy() for cell in notebook.cells]
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": path.parent}}).execute()
