@@ -141,7 +141,7 @@ def rows(results, workloads, variants) -> str:
         ratios = [results.ratio(workload, name, 1) for workload in workloads]
         shares = [results.share(workload, name, 1) for workload in workloads]
         means = [None if None in found else training.geometric_mean(found) for found in (ratios, shares)]
-        lines.append(f"| {name} | " + " | ".join(training._show(x) for x in (*ratios, *means)) + " |")
+        lines.append(f"| {name} | " + " | ".join(training.show(x) for x in (*ratios, *means)) + " |")
     return "\n".join(lines)
 
 

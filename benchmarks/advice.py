@@ -12,7 +12,6 @@ loss is compared with that of the best of the grid of training.py, geometric mea
 import argparse
 import functools
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ import grouped_newton as gn
 RESULTS = Path(__file__).parent / "results" / "advice.jsonl"
 STARTS, SEEDS = (0, 100), (0, 1, 2)
 BATCHES = 100
-FIRST_RATE = 1e-3
+FIRST_RATE, SMOOTHING = 1e-3, 0.98
 SWEEPS = {"range test, steepest": (1e-8, 1.0), "range test, valley": (1e-7, 10.0)}
 SUGGESTED, WITHOUT_TRIALS, CONSTANT = "suggested", "suggested, without trials", "always 0.01"
 METHODS = (SUGGESTED, WITHOUT_TRIALS, *SWEEPS, CONSTANT)
@@ -93,7 +92,7 @@ def _range_step(loss):
     return tx, step
 
 
-def range_test(workload, start, seed, low, high, smoothing=0.98):
+def range_test(workload, start, seed, low, high):
     """Rates and smoothed losses of a run whose rate grows exponentially, until four times the least loss."""
     params, _ = beginning(workload, start, seed)
     tx, step = _range_step(workload.loss)
@@ -101,8 +100,8 @@ def range_test(workload, start, seed, low, high, smoothing=0.98):
     for i, batch in enumerate(batches_of(workload, start, seed)):
         rate = low * (high / low) ** (i / (BATCHES - 1))
         params, state, value = step(params, state, batch, jnp.asarray(rate, jnp.float32))
-        average = smoothing * average + (1 - smoothing) * float(value)
-        smooth = average / (1 - smoothing ** (i + 1))
+        average = SMOOTHING * average + (1 - SMOOTHING) * float(value)
+        smooth = average / (1 - SMOOTHING ** (i + 1))
         if not math.isfinite(smooth) or (losses and smooth > 4 * min(losses)):
             break
         rates.append(rate)
@@ -141,7 +140,7 @@ def find(names, starts, seeds, path):
         for kind, method in (("suggest", suggest), ("range", by_range_test)):
             if (kind, name, start, seed) not in done:
                 record = {"kind": kind, "workload": name, "start": start, "seed": seed}
-                append(path, record | method(load(name), start, seed))
+                training.append(path, record | method(load(name), start, seed))
 
 
 def rates_of(records):
@@ -168,25 +167,41 @@ def train(names, methods, starts, seeds, path):
     jobs = [job for job in dict.fromkeys(wanted) if job not in done and job[2] is not None]
     for name, seed, peak in tqdm(jobs, disable=None):
         ends = training.run(load(name), make, {"peak": peak}, seed)["validation"]
-        append(path, {"kind": "train", "workload": name, "seed": seed, "peak": peak, "validation": [ends[0], ends[-1]]})
+        training.append(
+            path, {"kind": "train", "workload": name, "seed": seed, "peak": peak, "validation": [ends[0], ends[-1]]}
+        )
 
 
 @functools.cache
 def grid(workload):
-    """Rate -> seed -> final validation loss, of training.py."""
+    """Rate -> seed -> first and final validation loss, of training.py."""
     found = {}
     for r in training.read([training.RESULTS]):
         if r["kind"] == "run" and (r["workload"], r["optimizer"], r["lengths"]) == (workload, training.REFERENCE, [1]):
-            found.setdefault(r["hypers"]["peak"], {})[r["seed"]] = training.final(r, 1)
+            found.setdefault(r["hypers"]["peak"], {})[r["seed"]] = [r["validation"][0], r["validation"][-1]]
     return found
 
 
+def trained_with(records):
+    """(workload, seed, rate) -> first and final validation loss, of this file and of training.py."""
+    recorded = {
+        (name, seed, rate): ends
+        for name in (*CHOOSING, *REPORTING)
+        for rate, by_seed in grid(name).items()
+        for seed, ends in by_seed.items()
+    }
+    return recorded | {(r["workload"], r["seed"], r["peak"]): r["validation"] for r in records if r["kind"] == "train"}
+
+
+def mean_loss(ends):
+    """The geometric mean of the final losses, of the first where training diverged."""
+    return training.geometric_mean(first if final is None else final for first, final in ends)
+
+
 def best_of_grid(workload, trained):
-    """Rate and loss of the best of the grid's rates, and the second best's loss: geometric means over the seeds."""
-    known = {(workload, seed, rate): loss for rate, losses in grid(workload).items() for seed, loss in losses.items()}
-    known = {key: ends[-1] for key, ends in trained.items()} | known
-    at = lambda rate: [known.get((workload, seed, rate)) for seed in SEEDS]
-    complete = {rate: training.geometric_mean(at(rate)) for rate in training.RATES if None not in at(rate)}
+    """Rate and loss of the best of the grid's rates, and the second best's loss, among those with all seeds."""
+    ends = {rate: [trained.get((workload, seed, rate)) for seed in SEEDS] for rate in training.RATES}
+    complete = {rate: mean_loss(x) for rate, x in ends.items() if None not in x}
     best, second = sorted(complete, key=complete.get)[:2]
     return best, complete[best], complete[second]
 
@@ -196,9 +211,9 @@ def table(records, start):
 
     Rates and losses are geometric means over seeds; where training diverged the loss is that at its start.
     """
-    trained = {(r["workload"], r["seed"], r["peak"]): r["validation"] for r in records if r["kind"] == "train"}
+    trained = trained_with(records)
     methods = {method: rates for (method, at), rates in rates_of(records).items() if at == start}
-    lines = [training._row(["", "best of the grid", *METHODS]), training._row(["---"] * (len(METHODS) + 2))]
+    lines = [training.row(["", "best of the grid", *METHODS]), training.row(["---"] * (len(METHODS) + 2))]
     for purpose, names in (("choosing", CHOOSING), ("reporting", REPORTING)):
         ratios = {method: [] for method in METHODS}
         for name in names:
@@ -210,10 +225,10 @@ def table(records, start):
                 if not ends:
                     cells.append("–")
                     continue
-                reached = training.geometric_mean(begin if end is None else end for begin, end in ends)
+                reached, seeds = mean_loss(ends), f", {len(ends)} seeds" if len(ends) < len(SEEDS) else ""
                 ratios[method].append((reached / loss, reached / second))
-                cells.append(f"{training.geometric_mean(rates.values()):.2g} ({reached / loss:.2f})")
-            lines.append(training._row(cells))
+                cells.append(f"{training.geometric_mean(rates.values()):.2g} ({reached / loss:.2f}{seeds})")
+            lines.append(training.row(cells))
         figures = {
             "within 5 % of the best": lambda pairs: f"{sum(best <= 1.05 for best, _ in pairs)}/{len(pairs)}",
             "within 10 % of the second best": lambda pairs: f"{sum(x <= 1.1 for _, x in pairs)}/{len(pairs)}",
@@ -221,16 +236,8 @@ def table(records, start):
         }
         for figure, of in figures.items():
             cells = [of(ratios[method]) if ratios[method] else "–" for method in METHODS]
-            lines.append(training._row([f"**{purpose}**: {figure}", "", *cells]))
+            lines.append(training.row([f"**{purpose}**: {figure}", "", *cells]))
     return "\n".join(lines)
-
-
-def append(path, record):
-    """Adds a line to the results."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def main():

@@ -140,11 +140,14 @@ def study(names, methods, starts, seeds, path):
     def found(make, **head):
         if key_of(head) not in done:
             done[key_of(head)] = head | make()
-            advice.append(path, done[key_of(head)])
+            training.append(path, done[key_of(head)])
         return done[key_of(head)]
 
     for name in names:
-        heads = [{"workload": name, "seed": seed, "start": start} for seed, start in itertools.product(seeds, starts)]
+        heads = [
+            {"workload": name, "seed": seed, "start": start}
+            for seed, start in itertools.product(seeds, dict.fromkeys((0, *starts)))
+        ]
         for head in heads:
             found(functools.partial(suggest, *head.values()), kind="suggest", **head)
         for multiple, seed, method in (bar := tqdm([*itertools.product(MULTIPLES, seeds, methods)], disable=None)):
@@ -169,20 +172,31 @@ def report(records):
     return "\n\n".join(parts)
 
 
+def _known(suggested, name):
+    """Whether the rates of the kind and of the norms are their own, and not the single one for those lost in noise."""
+    return min(suggested["low"][name], suggested["low"]["norms"]) > 0
+
+
 def ratios(records):
-    """Rates over that of the norms, and sharpness over it: geometric means over seeds."""
+    """Rates over that of the norms, geometric means over seeds where neither is lost in noise; sharpness over theirs.
+
+    Sharpness is a plain mean, as it may be negative.
+    """
     head = ["over the norms'", *NAMES]
-    lines = [training._row(head), training._row(["---"] * len(head))]
-    for kind, field in (("suggest", "rates"), ("sharpness", "sharpness")):
-        for start in STARTS:
-            found = [r[field] for r in records if r["kind"] == kind and r["start"] == start]
-            if found:
-                mean = {name: statistics.fmean(r[name] for r in found) for name in NAMES}
-                if kind == "suggest":
-                    mean = {name: training.geometric_mean(r[name] for r in found) for name in NAMES}
-                cells = [f"{mean[name] / mean['norms']:.2g}" for name in NAMES]
-                lines.append(training._row([f"{field}, after {start} steps, {len(found)} seeds", *cells]))
-    lines.append(training._row(["rates, 2502.19002", *map(str, PUBLISHED.values())]))
+    lines = [training.row(head), training.row(["---"] * len(head))]
+    for start in STARTS:
+        found = [r for r in records if r["kind"] == "suggest" and r["start"] == start]
+        if found:
+            known = {name: [r["rates"][name] / r["rates"]["norms"] for r in found if _known(r, name)] for name in NAMES}
+            cells = [f"{training.geometric_mean(x):.2g} ({len(x)})" if x else "–" for x in known.values()]
+            lines.append(training.row([f"rates, after {start} steps (seeds)", *cells]))
+    for start in STARTS:
+        found = [r["sharpness"] for r in records if r["kind"] == "sharpness" and r["start"] == start]
+        if found:
+            mean = {name: statistics.fmean(r[name] for r in found) for name in NAMES}
+            cells = [f"{mean[name] / mean['norms']:.2g} ({len(found)})" for name in NAMES]
+            lines.append(training.row([f"sharpness, after {start} steps (seeds)", *cells]))
+    lines.append(training.row(["rates, 2502.19002", *map(str, PUBLISHED.values())]))
     return "\n".join(lines)
 
 
@@ -202,14 +216,14 @@ def losses(records):
     at, reference = curves[best_of(ONE)]
     targets = reference[-1], np.interp(0.5, at, reference)
     head = ["", *(f"{x:g} times" for x in multiples), "share to its end", "share to its middle"]
-    lines = [training._row(head), training._row(["---"] * len(head))]
+    lines = [training.row(head), training.row(["---"] * len(head))]
     for method in METHODS:
         tried = [x for x in multiples if (method, x) in final]
         if tried:
             shares = [training.share_until(*curves[best_of(method)], target) for target in targets]
             cells = [f"{final[method, x]:.4g} ({len(runs[method, x])})" if x in tried else "–" for x in multiples]
             lines.append(
-                training._row([method, *cells, *("never" if share == np.inf else f"{share:.2f}" for share in shares)])
+                training.row([method, *cells, *("never" if share == np.inf else f"{share:.2f}" for share in shares)])
             )
     return "\n".join(lines)
 

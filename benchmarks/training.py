@@ -256,7 +256,7 @@ def sweep(
             for job in _plan(done, head, entry, lengths):
                 options = {"steps": job["steps"], "lengths": job["lengths"], "own_batch": entry.own_batch}
                 done[_key(job)] = job | run(workload, entry.make, job["hypers"], seed, **options)
-                _append(path, done[_key(job)])
+                append(path, done[_key(job)])
 
 
 def _plan(done, head, entry, lengths):
@@ -287,7 +287,7 @@ def read(paths: Iterable[Path | str]) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def _append(path, record):
+def append(path, record):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -344,7 +344,7 @@ def time_steps(
             bar.set_description(f"time, {name}")
             if table.keys() - done[name]:
                 seconds = {n: float(f"{x:.4g}") for n, x in measure(load(name), table, **options).items()}
-                _append(path, {"kind": "time", "label": label, "workload": name, "seconds": seconds})
+                append(path, {"kind": "time", "label": label, "workload": name, "seconds": seconds})
 
 
 # Reporting
@@ -455,7 +455,7 @@ def summary(results: Results, workloads: list[str], optimizer: str, length: floa
     def over(figure, pick=geometric_mean, name=optimizer, **options):
         values = [figure(workload, name, length, **options) for workload in workloads]
         known = [value for value in values if value is not None]
-        return _show(pick(known) if known else None)
+        return show(pick(known) if known else None)
 
     def over_best_other(workload, name, length):
         ours = results.share(workload, name, length)
@@ -479,19 +479,19 @@ def table(results: Results, length: float) -> str:
     """One length in Markdown: shares of AdamW's steps and time, the ratio of final validation losses in brackets."""
     has_run = {optimizer for _, optimizer, found in results.runs if found == length}
     names = [name for name in results.optimizers if name in has_run]
-    lines = [_row(["", "AdamW's rate", "its loss", *names]), _row(["---"] * (len(names) + 3))]
+    lines = [row(["", "AdamW's rate", "its loss", *names]), row(["---"] * (len(names) + 3))]
     for purpose, workloads in _by_purpose(results, length):
         for workload in workloads:
             (hypers, *_) = (r["hypers"] for r in results.chosen(workload, REFERENCE, length).values())
             cells = [f"{hypers.get('peak', 0):g}", f"{results.loss(workload, REFERENCE, length):.3g}"]
             for name in names:
                 shares = [results.share(workload, name, length, clock) for clock in (False, True)]
-                known = ", ".join(_show(share) for share in shares if share is not None)
-                cells.append(f"{known} ({_show(results.ratio(workload, name, length))})" if known else "–")
-            lines.append(_row([workload, *cells]))
+                known = ", ".join(show(share) for share in shares if share is not None)
+                cells.append(f"{known} ({show(results.ratio(workload, name, length))})" if known else "–")
+            lines.append(row([workload, *cells]))
         figures = [summary(results, workloads, name, length) for name in names]
         for figure in figures[0]:
-            lines.append(_row([f"**{purpose}**: {figure}", "", "", *(found[figure] for found in figures)]))
+            lines.append(row([f"**{purpose}**: {figure}", "", "", *(found[figure] for found in figures)]))
     return "\n".join(lines)
 
 
@@ -503,17 +503,17 @@ def lengths_table(results: Results, names: Iterable[str] = ("adam, averaged", OU
             if any(results.chosen(workload, name, length) for workload in workloads):
                 rows.append(([name, f"{length:g}", purpose], summary(results, workloads, name, length)))
     head = ["", "length", "workloads", *(rows[0][1] if rows else ())]
-    return "\n".join([_row(head), _row(["---"] * len(head)), *(_row([*cells, *f.values()]) for cells, f in rows)])
+    return "\n".join([row(head), row(["---"] * len(head)), *(row([*cells, *f.values()]) for cells, f in rows)])
 
 
 def slowdowns(results: Results) -> str:
     """Each optimizer's time a step over AdamW's and the gradient's milliseconds, in Markdown."""
     names = [name for name in results.optimizers if any(n == name for _, n in results.slowdown) and name != REFERENCE]
     head = ["time a step over AdamW's", "gradient, ms", "gradient", *names]
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [row(head), row(["---"] * len(head))]
     for workload in results.gradient:
-        cells = [_show(results.slowdown.get((workload, name))) for name in ("gradient", *names)]
-        lines.append(_row([workload, f"{1e3 * results.gradient[workload]:.3g}", *cells]))
+        cells = [show(results.slowdown.get((workload, name))) for name in ("gradient", *names)]
+        lines.append(row([workload, f"{1e3 * results.gradient[workload]:.3g}", *cells]))
     return "\n".join(lines)
 
 
@@ -524,11 +524,11 @@ def _by_purpose(results, length):
             yield purpose, workloads
 
 
-def _show(value):
+def show(value):
     return "–" if value is None else f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.2g}"
 
 
-def _row(cells):
+def row(cells):
     return "| " + " | ".join(cells) + " |"
 
 

@@ -330,12 +330,20 @@ def _taken(batches, most):
 def _fitting(state, problem, params):
     """The direction's state as its ``init`` makes it, by its leaves, which NNX wraps; one of all params is cut down."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(state)))
-    for theta in (problem.theta, params):
+
+    def as_initialised(theta):
+        """The leaves in the tree and the dtypes of the state for theta; None if they are others."""
         expected, treedef = jax.tree.flatten(jax.eval_shape(problem.direction.init, theta))
-        if [x.shape for x in leaves] != [x.shape for x in expected]:
-            continue
-        state = treedef.unflatten([x.astype(y.dtype) for x, y in zip(leaves, expected, strict=True)])
-        return state if theta is problem.theta else _without_frozen(state, problem)
+        if [x.shape for x in leaves] == [x.shape for x in expected]:
+            return treedef.unflatten([x.astype(y.dtype) for x, y in zip(leaves, expected, strict=True)])
+        return None
+
+    if (fitting := as_initialised(problem.theta)) is not None:
+        return fitting
+    with contextlib.suppress(TypeError):  # frozen leaves that aren't numbers: no direction has a state for them
+        if (fitting := as_initialised(params)) is not None:
+            return _without_frozen(fitting, problem)
+    expected = jax.tree.leaves(jax.eval_shape(problem.direction.init, problem.theta))
     raise ValueError(
         f"state must be that of the direction at these params, {len(expected)} arrays of their shapes, got"
         f" {len(leaves)} arrays; of a chain give the direction's part, as opt_state[0] of optax.adamw"

@@ -1,9 +1,6 @@
-import atexit
 import gc
 import importlib.metadata
 import os
-import shutil
-import tempfile
 
 # Small factorisations stall when many threads of several workers share the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -16,12 +13,6 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
-# What one worker, notebook or process has compiled the others load, in this run. A directory of one's own is kept.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest

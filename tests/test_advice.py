@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import grouped_newton as gn
-from grouped_newton.advice import _edge, _vertex
+from grouped_newton.advice import _edge, _problem, _vertex, _Walk, _walk_on
+from grouped_newton.derivatives.summary import zero_summary
 
 ONE = gn.groups.single
 SCALES = {"a": np.array([1.0, 4.0, 9.0]), "b": np.array([2.0, 5.0])}
@@ -65,9 +66,22 @@ def test_a_batch_without_curvature_does_not_outweigh_the_others():
     slopes, curvatures = np.array([1.0, 1.0, -0.1]), np.array([1.0, 1.0, 1e-6])
     n = len(slopes)
     summaries = gn.Summary(np.ones(n), slopes[:, None], curvatures[:, None, None], np.zeros((n, 1)))
-    edge, draws = _edge(1.8, summaries)
+    edge, _ = _edge(1.8, summaries)
     assert math.isclose(edge[0], 1.8 * 1.9 / 2.000001, rel_tol=1e-5)
-    assert np.all(draws < 1e3)
+
+
+def test_a_batch_without_curvature_does_not_stop_the_walk():
+    """Over their own sizes the slopes 1 and -0.3 / 1e-6 have a negative mean: the rate of 1 would fall to a third."""
+    change = lambda w: w - jax.lax.stop_gradient(w)
+    loss = lambda params, batch: jnp.sum(batch[0] * params["w"] + batch[1] * change(params["w"]) ** 2 / 2)
+    params, constant = {"w": jnp.zeros(1)}, optax.stateless(lambda updates, params: {"w": jnp.ones(1)})
+    problem, number = _problem(loss, params, ONE, constant, 1.8), jnp.zeros(())
+    walk = _Walk(params, constant.init(params), number, zero_summary(1, jnp.float32), number, number)
+    rates = []
+    for unseen in ((1.0, 1.0), (-0.3, 1e-6)):
+        walk, _, _ = _walk_on(problem, walk, jnp.ones(2), jnp.asarray(unseen))
+        rates.append(float(walk.rate))
+    assert np.allclose(rates, [1.0, (1 - 0.6) / 1], rtol=1e-5)
 
 
 def test_the_batches_whose_numbers_are_not_finite_are_named():

@@ -132,6 +132,7 @@ def test_a_summary_is_that_of_the_layers_in_a_list(x64, model):
     grouping = groups.stacked("^blocks")
     params, u = params_of(1), params_of(2)
     options = {"scan": [{}, {"method": "nested"}, {"max_stack": 2}], "outputs and penalty": [{}, {"max_stack": 2}]}
+    options["kept apart"] = [{}, {"max_stack": 2}]
 
     @uncompiled
     def all_of(params, u):

@@ -4,9 +4,9 @@
                   zero elsewhere: a stack of them would be L arrays of L layers, nearly all of it zeros.
 
 It stays one array through equations that keep layers apart: those that move its numbers (casts, transposes, a layer
-taken out), elementwise ones, products and sums within a layer; up to a scan over the layers. What of a layer's output
-moves is of its own group alone, so that hbar has no local terms between two of them. A sum over layers is that of the
-terms of each. In step k of that scan it is the tangent of one group, slots[k]. Which one isn't known where the body
+taken out), elementwise ones, products and sums within a layer; up to a scan over the layers. What moves in one layer's
+slice is of that layer's group alone, so that hbar has no local terms between two of them. A sum over layers is that of
+the terms of each. In step k of that scan it is the tangent of one group, slots[k]. Which one isn't known where the body
 is traced, so that there it is a group more, *own*, whose slot is behind all others:
 
   enter   the rows of group slots[k], in stacks that have any, become those of own
@@ -242,7 +242,7 @@ def pieces(scan, stacks, num_groups):
     """The steps of a scan cut into spans, in the order in which they are taken; given the tangents of its operands.
 
     A body carries the tangents of all groups that come in with any of its steps. In one piece that is a square where a
-    triangle would do, in n pieces (n + 1) / 2 n of it; but every piece is a body to compile.
+    triangle would do, in n pieces (n + 1) / (2 n) of it; but every piece is a body to compile.
     """
     layered, others = (
         {s for x in stacks if isinstance(x, Layered) == here for s in reached(x)} for here in (True, False)

@@ -18,16 +18,17 @@ def test_range_tests_pick_a_rate_where_the_loss_falls():
 
 
 def test_the_best_of_the_grid_is_a_mean_over_seeds_of_both_files():
-    recorded = {rate: losses for rate, losses in advice.grid("denoising").items() if set(advice.SEEDS) <= set(losses)}
-    best, loss, second = advice.best_of_grid("denoising", {})
-    assert np.isclose(loss, np.exp(np.mean([np.log(recorded[best][seed]) for seed in advice.SEEDS])))
+    recorded = advice.trained_with([])
+    best, loss, second = advice.best_of_grid("denoising", recorded)
+    assert np.isclose(loss, np.exp(np.mean([np.log(recorded["denoising", seed, best][-1]) for seed in advice.SEEDS])))
     assert loss < second
-    trained = {("denoising", seed, 0.001): [1.0, 0.01] for seed in advice.SEEDS[1:]}  # seed 0 is recorded
-    assert advice.best_of_grid("denoising", trained)[0] == 0.001
+    common = {"kind": "train", "workload": "denoising", "peak": 0.001, "validation": [1.0, 0.01]}
+    both = advice.trained_with([common | {"seed": seed} for seed in advice.SEEDS])
+    assert advice.best_of_grid("denoising", both)[0] == 0.001
 
 
 def test_the_table_compares_with_the_best_of_the_grid_and_takes_the_start_where_training_diverged():
-    best, loss, _ = advice.best_of_grid("denoising", {})
+    best, loss, _ = advice.best_of_grid("denoising", advice.trained_with([]))
     records = []
     for seed, reached in enumerate((loss, 4 * loss, None)):
         common = {"workload": "denoising", "start": 0, "seed": seed}
@@ -35,8 +36,9 @@ def test_the_table_compares_with_the_best_of_the_grid_and_takes_the_start_where_
         records.append({"kind": "train", "workload": "denoising", "seed": seed, "peak": 0.02})
         records[-1]["validation"] = [16 * loss, reached]
     text = advice.table(records, 0)
-    assert f"| denoising | {best:g} | 0.02 (4.00) | – | – | – | – |" in text
+    assert f"| denoising | {best:g} | 0.02 (4.00) | – | – | – | 0.01 (1.00) |" in text
     assert "**reporting**: within 5 % of the best |  | 0/1 | – |" in text
+    assert "0.02 (2.00, 2 seeds)" in advice.table(records[:4], 0)
 
 
 def test_query_key_and_value_apart_are_the_same_model():

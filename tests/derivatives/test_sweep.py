@@ -351,7 +351,7 @@ def test_adjoints_of_half_precision_add_up_in_single(loop):
     assert got.third.tolist() == [-3 * 1.25]
 
 
-def test_slopes_through_half_precision_in_a_loops_body_are_as_near_as_a_gradients():
+def test_slopes_through_half_precision_in_a_loops_body_are_within_a_share_of_eps():
     """By tangents, as nothing outside is half; along what is orthogonal to the gradient, where errors stand alone."""
     weights, x = normal(3, 8, 8) / 3, normal(4, 8)
 
@@ -368,7 +368,8 @@ def test_slopes_through_half_precision_in_a_loops_body_are_as_near_as_a_gradient
         return jnp.stack([slope / size for slope in found])
 
     by_tangents, by_gradient = np.abs(slopes(weights))
-    assert 0 < max(by_tangents, by_gradient) < float(jnp.finfo(jnp.bfloat16).eps) / 8
+    assert min(by_tangents, by_gradient) > 0  # half precision is used
+    assert max(by_tangents, by_gradient) < float(jnp.finfo(jnp.bfloat16).eps) / 8
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
