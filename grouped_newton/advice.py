@@ -148,7 +148,7 @@ class LearningRates:
             f"standard error of the slope: {100 * self.slope_error:.0f} %",
         ]
         tried = sorted(self.trials)
-        if tried and min(tried, key=self.trials.get) in (tried[0], tried[-1]):
+        if tried and min(tried, key=lambda rate: self.trials[rate]) in (tried[0], tried[-1]):
             lines.append("the best trial is at the end of those made: the best rates may lie beyond")
         return "\n".join(lines)
 
@@ -227,12 +227,12 @@ def suggest_learning_rates(
       Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186.
     """
     _check_options(steps, max_batches)
-    batches = _taken(batches, max_batches)
+    taken = _taken(batches, max_batches)
     problem = _problem(loss_fn, params, groups, direction, edge_rates(factor).factor)
     state = None if state is None else _fitting(state, problem, params)
-    with _bar(progress, len(batches), trials) as bar:
-        measured = _measure(problem, state, batches, bar)
-        tried, level = _try(problem, state, batches, measured.edge, bar) if trials else ({}, 1.0)
+    with _bar(progress, len(taken), trials) as bar:
+        measured = _measure(problem, state, taken, bar)
+        tried, level = _try(problem, state, taken, measured.edge, bar) if trials else ({}, 1.0)
     scale = level * (1.0 if steps is None else (_OF_STEPS / steps) ** _POWER)
     quantiles = lambda draws: scale * np.quantile(draws, (_LOW, _HIGH), axis=0)
     (low, high), (peak_low, peak_high) = quantiles(measured.draws), quantiles(measured.edge_draws)
@@ -249,8 +249,8 @@ def suggest_learning_rates(
         slope_error=measured.slope_error,
         trials=tried,
         steps=steps,
-        gradients=len(batches) - 1 + len(tried) * len(batches) + measured.readings,
-        summaries=len(batches) - 1 + measured.readings,
+        gradients=len(taken) - 1 + len(tried) * len(taken) + measured.readings,
+        summaries=len(taken) - 1 + measured.readings,
         labels=problem.labels,
     )
 
@@ -320,7 +320,7 @@ def _taken(batches, most):
             f"suggest_learning_rates takes at least 2 batches, better 50 to 100, got {len(batches)}; a direction is"
             " measured on the batch after its own. For a loss without noise, [batch] * 50"
         )
-    first, *others = map(jax.tree.structure, batches)
+    first, *others = [str(jax.tree.structure(batch)) for batch in batches]
     for i, other in enumerate(others, start=1):
         if other != first:
             raise ValueError(f"all batches must be alike, got {other} as batch {i} and {first} as batch 0")
@@ -335,7 +335,8 @@ def _fitting(state, problem, params):
         """The leaves in the tree and the dtypes of the state for theta; None if they are others."""
         expected, treedef = jax.tree.flatten(jax.eval_shape(problem.direction.init, theta))
         if [x.shape for x in leaves] == [x.shape for x in expected]:
-            return treedef.unflatten([x.astype(y.dtype) for x, y in zip(leaves, expected, strict=True)])
+            cast = [x.astype(y.dtype) for x, y in zip(leaves, expected, strict=True)]
+            return jax.tree.unflatten(treedef, cast)
         return None
 
     if (fitting := as_initialised(problem.theta)) is not None:
@@ -388,12 +389,11 @@ def _measure(problem, state, batches, bar):
             _check_first(float(own[0]), float(own[1]), fresh=state is None)
         single.append(summary)
         bar.update()
-    single = _stacked(single)
-    grouped = _stacked(grouped) if S > 1 else None
-    _check_finite(single, range(len(pairs)))
-    if grouped is not None:
-        _check_finite(grouped, sorted(read_at))
-    return _read(problem, jax.tree.map(lambda x: x[half:], single), grouped)
+    whole, by_groups = _stacked(single), _stacked(grouped) if S > 1 else None
+    _check_finite(whole, range(len(pairs)))
+    if by_groups is not None:
+        _check_finite(by_groups, sorted(read_at))
+    return _read(problem, jax.tree.map(lambda x: x[half:], whole), by_groups)
 
 
 def _walk_on(problem, walk, batch, unseen):

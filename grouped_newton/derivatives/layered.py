@@ -128,8 +128,8 @@ def _unary_by_layer(node, env, ct, x1, x2, sums, order):
 
     def rule(x1, x2, ct, derivatives):
         local = Sums(1, sums.dtype, sums.axes)
-        rows = ([x if x is None else Stack((0,), x[None])] for x in (x1, x2))
-        outs = unary(node, {(out, "derivatives"): derivatives}, {out: ct}, *rows, local, order)
+        first, second = ([x if x is None else Stack((0,), x[None])] for x in (x1, x2))
+        outs = unary(node, {(out, "derivatives"): derivatives}, {out: ct}, first, second, local, order)
         _, hbar, third = local.totals()
         return [z and z.array[0] for (z,) in outs], hbar[0, 0], third[0]
 

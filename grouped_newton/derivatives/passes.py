@@ -289,11 +289,12 @@ def _scan_tangent(node, env, ct, x1, x2, sums, order):
         parts = ({i: part(i, x) for i, x in stacks.items()} for stacks in state)
         x1, x2 = ({i: x for i, x in stacks.items() if x is not None} for stacks in parts)
         if x1:
-            here = jax.tree.map(lambda x, begin=begin, end=end: lax.slice_in_dim(x, begin, end), saved)
-            outs = _piece_tangent(scan, end - begin, consts, *here, x1, x2, sums, order)
+            here = lambda x, begin=begin, end=end: lax.slice_in_dim(x, begin, end)
+            values, adjoints = jax.tree.map(here, saved)
+            outs = _piece_tangent(scan, end - begin, consts, values, adjoints, x1, x2, sums, order)
             found.append((begin, outs))
-            for stacks, out in zip(state, outs, strict=True):
-                stacks.update({o + scan.num_consts: z for o, z in out.items() if o < scan.num_carry})
+            for stacks, ends in zip(state, outs, strict=True):
+                stacks.update({o + scan.num_consts: z for o, z in ends.items() if o < scan.num_carry})
 
     def out(k, v, o):
         if o < scan.num_carry:
