@@ -24,13 +24,11 @@ def normal(*shape, seed=0):
 
 
 def both(loss, params, groups=gn.groups.per_tensor, compiled=False):
-    """The summary along the gradient, and what the definition says; compiling them takes the longest."""
-
-    def run(p):
-        u = jax.grad(loss)(p)
-        return [gn.summarize(loss, p, u, groups, method=method) for method in ("sweep", "nested")]
-
-    return (jax.jit if compiled else uncompiled)(run)(params)
+    """The summary along the gradient, compiled or not, and what the definition says; compiling takes the longest."""
+    by = lambda method: lambda p, u: gn.summarize(loss, p, u, groups, method=method)
+    direction = uncompiled(jax.grad(loss))(params)
+    sweep = (jax.jit if compiled else uncompiled)(by("sweep"))
+    return sweep(params, direction), uncompiled(by("nested"))(params, direction)
 
 
 def rows():
@@ -294,8 +292,9 @@ def test_a_few_thousand_numbers_a_row_in_single_precision():
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(dense(params["head"], h)) * labels, axis=1))
 
     direction = jax.tree.map(jnp.sign, jax.grad(loss)(params))
-    by = lambda method: jax.jit(lambda p, u: gn.summarize(loss, p, u, method=method))(params, direction)
-    assert_same_summary(by("sweep"), by("nested"), 256 * EPS32)
+    by = lambda method: lambda p, u: gn.summarize(loss, p, u, method=method)
+    found, expected = jax.jit(by("sweep"))(params, direction), uncompiled(by("nested"))(params, direction)
+    assert_same_summary(found, expected, 256 * EPS32)
 
 
 def test_compiled_or_not_it_is_the_same():
@@ -393,7 +392,7 @@ def test_mixed_dtypes_give_the_widest(x64):
         k: v.astype(t) for (k, v), t in zip(params.items(), ("bfloat16", "float64", "float32", "float16"), strict=True)
     }
 
-    @jax.jit
+    @uncompiled
     def run(params):
         direction = jax.grad(loss)(params)
         narrow, wide = cast(params, jnp.bfloat16), cast((params, direction), jnp.float64)
@@ -425,7 +424,7 @@ def test_the_mean_over_micro_batches_is_the_summary_of_the_whole(x64):
 
     mapped = lambda p: jnp.sum(lax.map(part(p), (weights, xs, ys))) / jnp.sum(weights)
     whole = lambda p: jnp.mean(per_example(p, x, y))
-    by_scan, by_map, expected = jax.jit(lambda p: [gn.summarize(f, p, p) for f in (scanned, mapped, whole)])(params)
+    by_scan, by_map, expected = uncompiled(lambda p: [gn.summarize(f, p, p) for f in (scanned, mapped, whole)])(params)
     assert_same_summary(by_scan, expected, 1e-12)
     assert_same_summary(by_map, expected, 1e-12)
 
@@ -529,7 +528,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_losses_and_params(name):
     loss, params = ODD[name]
-    got, expected = jax.jit(lambda p: [gn.summarize(loss, p, p, method=m) for m in ("sweep", "nested")])(params)
+    got, expected = uncompiled(lambda p: [gn.summarize(loss, p, p, method=m) for m in ("sweep", "nested")])(params)
     assert [x.shape for x in got] == [x.shape for x in expected]
     assert_same_summary(got, expected, 8 * EPS32)
 

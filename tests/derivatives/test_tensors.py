@@ -1,6 +1,5 @@
 """Derivative tensors of any order: published numbers, differences of one order for the next, the summary."""
 
-import functools
 import itertools
 
 import jax
@@ -9,6 +8,7 @@ import models
 import numpy as np
 import pytest
 from checks import assert_same_summary
+from interpreter import uncompiled
 
 import grouped_newton as gn
 from grouped_newton.groups import per_tensor, single
@@ -16,9 +16,8 @@ from grouped_newton.groups import per_tensor, single
 EPS64 = 2.0**-52
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def tensors(loss, params, direction, grouping, order):
-    return gn.derivative_tensors(loss, params, direction, grouping, order)
+    return uncompiled(lambda p, u: gn.derivative_tensors(loss, p, u, grouping, order))(params, direction)
 
 
 @pytest.mark.parametrize("grouping", [per_tensor, single], ids=["canonical", "trivial"])
@@ -40,7 +39,7 @@ def test_every_order_is_the_derivative_of_the_one_before_and_symmetric(x64):
     leaves, treedef = jax.tree.flatten(params)
     u = jax.tree.leaves(direction)
 
-    @jax.jit
+    @uncompiled
     @jax.vmap
     def at(eps):
         moved = [x if g < 0 else x + eps[g] * d for x, d, g in zip(leaves, u, index, strict=True)]
@@ -60,8 +59,8 @@ def test_every_order_is_the_derivative_of_the_one_before_and_symmetric(x64):
 
 def test_the_summary_is_a_part_of_the_tensors(x64):
     loss, params, direction, labels = models.custom_rule_problem()
-    summary = jax.jit(lambda p: gn.summarize(loss, p, direction, labels, method="nested"))(params)
-    gbar, hbar, third = jax.jit(lambda p: gn.derivative_tensors(loss, p, direction, labels))(params)
+    summary = uncompiled(lambda p: gn.summarize(loss, p, direction, labels, method="nested"))(params)
+    gbar, hbar, third = uncompiled(lambda p: gn.derivative_tensors(loss, p, direction, labels))(params)
     found = gn.Summary(summary.loss, gbar, hbar, jnp.einsum("sss->s", third))
     assert_same_summary(found, summary, 256 * EPS64)
 
