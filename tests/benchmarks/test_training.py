@@ -29,7 +29,7 @@ def results(tmp_path_factory):
     training.sweep(TWO[:1], FEW, [0, 1], path, steps=40, lengths=(0.25, 1))
     training.time_steps(TWO[:1], BOTH, path, rounds=1, steps=10)
     for record in training.read([path]):  # a second workload, which happens to train as the first does
-        training._append(path, record | {"workload": TWO[1]})
+        training.append(path, record | {"workload": TWO[1]})
     return path
 
 
@@ -91,7 +91,7 @@ def test_ratios_and_shares_are_over_the_best_setting_of_adamw(tmp_path):
         record(linear(0.8), {"peak": 0.2}, "adamw, cosine"),
         record(linear(0.25)),
     ):
-        training._append(path, r)
+        training.append(path, r)
     found = training.Results([path])
     assert math.isclose(found.ratio(TWO[0], "grouped_newton", 1), 0.5)
     assert math.isclose(found.share(TWO[0], "grouped_newton", 1), 2 / 3)
